@@ -1,0 +1,91 @@
+"""The facts of an architecture that the decoder reads. Knows no family, no tensor and no file."""
+
+from dataclasses import dataclass, field
+from typing import Any, Literal
+
+from llmctl.core.errors import InputError
+
+
+@dataclass(frozen=True, kw_only=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for contexts beyond the trained one.
+
+    `kind` is "linear", "dynamic", "llama3" or "yarn"; `parameters` are that kind's numbers under the names that
+    Hugging Face configs use (factor, original_max_position_embeddings, low_freq_factor, ...).
+    """
+
+    kind: str
+    parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """Facts of one decoder-only transformer, validated once, here. Sizes are counts of elements.
+
+    Raises InputError for facts that contradict each other, since they come from somebody's config.json.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    mlp_size: int
+    max_positions: int
+    activation: Literal["silu", "gelu", "gelu_tanh", "relu"] = "silu"
+    gated_mlp: bool = True
+    norm: Literal["rms", "layer"] = "rms"
+    norm_eps: float = 1e-6
+    norm_bias: bool = False
+    positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
+    rope_theta: float = 10_000.0
+    rope_scaling: RopeScaling | None = None
+    rotary_dim: int | None = None
+    """Rotated dimensions of each head; None means all of `head_dim`."""
+    qkv_bias: bool = False
+    attention_out_bias: bool = False
+    mlp_bias: bool = False
+    head_bias: bool = False
+    qk_norm: bool = False
+    """RMS norm over `head_dim` of each query and key head, before the rotation (Qwen3)."""
+    windows: tuple[int | None, ...] | None = None
+    """Sliding-window length of each layer, in tokens; None means full attention."""
+    attention_scale: float | None = None
+    """Multiplies the attention scores; None means head_dim ** -0.5."""
+    attention_softcap: float | None = None
+    logit_softcap: float | None = None
+    embedding_multiplier: float = 1.0
+    residual_multiplier: float = 1.0
+    logit_multiplier: float = 1.0
+    tie_embeddings: bool = False
+    initializer_range: float = 0.02
+    scale_residual_init: bool = False
+    """Divide the initial std of the two residual output projections by sqrt(2 * num_layers) (GPT-2)."""
+
+    def __post_init__(self) -> None:
+        for name in ("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "max_positions"):
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 31:
+                raise InputError(f"model config: {name} is {value!r}; a whole number from 1 on is wanted")
+        if self.num_heads % self.num_kv_heads:
+            raise InputError(f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
+        if self.positions == "rope" and self.rotary_size % 2:
+            raise InputError(f"model config: rotary positions need an even size, {self.rotary_size} was found")
+        if self.windows is not None and len(self.windows) != self.num_layers:
+            raise InputError(f"model config: {len(self.windows)} windows for {self.num_layers} layers")
+
+    @property
+    def rotary_size(self) -> int:
+        """Rotated dimensions of each head."""
+        return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    @property
+    def query_size(self) -> int:
+        """num_heads * head_dim, which need not be hidden_size."""
+        return self.num_heads * self.head_dim
+
+    @property
+    def kv_size(self) -> int:
+        """num_kv_heads * head_dim."""
+        return self.num_kv_heads * self.head_dim
