@@ -12,6 +12,7 @@ from typing import Any
 from llmctl.core.errors import UsageError
 
 KINDS = (bool, int, float, str, Path)
+KIND_NAMES: dict[type, str] = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
 
 
 @dataclass(frozen=True)
@@ -116,15 +117,14 @@ def check_fields(config: Any) -> None:
 
 def _check_value(field: "dataclasses.Field[Any]", kind: type, value: Any) -> None:
     info, flag = info_of(field), flag_of(field)
-    wanted = float if kind is int else kind
     right = isinstance(value, kind) and not (kind in (int, float) and isinstance(value, bool))
     if kind is float:
         right = isinstance(value, int | float) and not isinstance(value, bool)
     if not right:
-        raise UsageError(f"{flag}: {value!r} is not a {kind.__name__.lower()}")
+        raise UsageError(f"{flag}: {value!r} is not a {KIND_NAMES[kind]}")
     if info.choices is not None and value not in info.choices:
         raise UsageError(f"{flag}: {value!r} is not one of {', '.join(info.choices)}")
-    if wanted is not float:
+    if kind not in (int, float):
         return
     if not math.isfinite(value):
         raise UsageError(f"{flag}: {value} is not a finite number")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
-from llmctl.core.config.fields import FieldType, check_fields, options_of, types_of
+from llmctl.core.config.fields import KIND_NAMES, FieldType, check_fields, options_of, types_of
 from llmctl.core.errors import NotFoundError, UsageError
 
 ConfigT = TypeVar("ConfigT")
@@ -99,7 +99,7 @@ def _from_toml(value: Any, kind: FieldType, where: str) -> Any:
     if kind.kind is float and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if not isinstance(value, kind.kind) or (kind.kind is not bool and isinstance(value, bool)):
-        raise UsageError(f"{where}: a {kind.kind.__name__.lower()} is wanted, {value!r} was found")
+        raise UsageError(f"{where}: a {KIND_NAMES[kind.kind]} is wanted, {value!r} was found")
     return value
 
 
@@ -129,7 +129,7 @@ def parse_text(text: str, kind: FieldType, where: str) -> Any:
     try:
         return kind.kind(text)
     except ValueError as error:
-        raise UsageError(f"{where}: {text!r} is not a {kind.kind.__name__.lower()}") from error
+        raise UsageError(f"{where}: {text!r} is not a {KIND_NAMES[kind.kind]}") from error
 
 
 def _nearest(name: str, kinds: Mapping[str, FieldType]) -> str:

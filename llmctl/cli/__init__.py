@@ -1,0 +1,1 @@
+"""What speaks to people: flags, streams, exit codes, progress. The work itself is in llmctl.core."""

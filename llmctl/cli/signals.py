@@ -1,0 +1,58 @@
+"""Signals turned into a question that a long job asks between steps. Knows no job."""
+
+import contextlib
+import signal
+from collections.abc import Iterator
+from types import FrameType
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+
+
+class StopFlag:
+    """Callable that gives the number of the first stop signal received, or None. `save_requested` is set by SIGUSR1."""
+
+    def __init__(self) -> None:
+        self.signal_number: int | None = None
+        self.save_requested = False
+
+    def __call__(self) -> int | None:
+        return self.signal_number
+
+    def take_save_request(self) -> bool:
+        """True once after each SIGUSR1 (a batch system's notice before it takes the machine away)."""
+        requested, self.save_requested = self.save_requested, False
+        return requested
+
+
+@contextlib.contextmanager
+def stop_flag() -> Iterator[StopFlag]:
+    """Within the block, the first INT, TERM or HUP only sets the flag; a second one raises KeyboardInterrupt at once.
+
+    A signal that was ignored when the process started (nohup) stays ignored.
+    """
+    flag = StopFlag()
+
+    def on_stop(number: int, _frame: FrameType | None) -> None:
+        if flag.signal_number is not None:
+            raise KeyboardInterrupt
+        flag.signal_number = number
+
+    def on_save(_number: int, _frame: FrameType | None) -> None:
+        flag.save_requested = True
+
+    previous = {}
+    for number in STOP_SIGNALS:
+        if signal.getsignal(number) is not signal.SIG_IGN:
+            previous[number] = signal.signal(number, on_stop)
+    previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, on_save)
+    try:
+        yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def die_by(number: int) -> None:
+    """End this process by signal `number` with its default action, so that a calling shell's loop stops too."""
+    signal.signal(number, signal.SIG_DFL)
+    signal.raise_signal(number)
