@@ -28,7 +28,7 @@ app = typer.Typer(
     help="The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval.",
     epilog=EXIT_CODES,
     add_completion=False,
-    no_args_is_help=True,
+    invoke_without_command=True,
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
     context_settings=CONTEXT_SETTINGS,
@@ -43,9 +43,13 @@ def _show_version(wanted: bool) -> None:
 
 @app.callback()
 def _root(
+    context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)] = False,
 ) -> None:
     """The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval."""
+    if context.invoked_subcommand is None:
+        stderr_line(context.get_help())
+        raise typer.Exit(2)
 
 
 tokenize.register(app)
@@ -119,6 +123,8 @@ def describe(error: BaseException) -> tuple[str, int]:
         return one_line(format_message()).rstrip(".") + hint, 2
     if isinstance(error, OSError) and is_write_failure(error):
         return one_line(f"cannot write {error.filename or 'a file'}: {error.strerror}"), 5
+    if isinstance(error, FileNotFoundError) and error.filename is not None:
+        return one_line(f"{error.filename}: no such file or folder"), 10
     if isinstance(error, OSError) and error.filename is not None:
         return one_line(f"{error.filename}: {error.strerror}"), 1
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":

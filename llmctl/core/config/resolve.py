@@ -40,7 +40,7 @@ def resolve(
     """
     kinds = types_of(cls)
     values: dict[str, Any] = {}
-    origins = {name: "default" for name in kinds}
+    origins = dict.fromkeys(kinds, "default")
 
     def put(name: str, value: Any, origin: str) -> None:
         values[name] = value
@@ -82,7 +82,7 @@ def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[st
 
 def _check_alone(cls: type, values: Mapping[str, Any]) -> None:
     """Check the values of one layer by themselves, so that the message can name the layer."""
-    probe = object.__new__(cls)
+    probe: Any = object.__new__(cls)
     for field in options_of(cls):
         kind_default = () if field.default is dataclasses.MISSING else field.default
         object.__setattr__(probe, field.name, values.get(field.name, kind_default))
