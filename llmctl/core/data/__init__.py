@@ -1,0 +1,1 @@
+"""Data: documents in, packed token shards, and training samples out."""
