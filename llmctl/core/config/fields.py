@@ -12,6 +12,7 @@ from typing import Any
 from llmctl.core.errors import UsageError
 
 KINDS = (bool, int, float, str, Path)
+_AS_THERE: Any = object()
 KIND_NAMES: dict[type, str] = {bool: "true or false", int: "whole number", float: "number", str: "text", Path: "path"}
 
 
@@ -61,6 +62,16 @@ def option(
     """
     info = FieldInfo(help, flags, tuple(choices) if choices else None, minimum, maximum, above, below, metavar, positional, panel)
     return dataclasses.field(default=default, metadata={"option": info})
+
+
+def option_like(cls: type, name: str, *, default: Any = _AS_THERE, help: str | None = None) -> Any:
+    """Declare a field as the option `name` of another command's config: same flags, bounds and panel.
+
+    `default` and `help` replace those of the model where they are given.
+    """
+    (model,) = (f for f in dataclasses.fields(cls) if f.name == name)
+    info = info_of(model) if help is None else dataclasses.replace(info_of(model), help=help)
+    return dataclasses.field(default=model.default if default is _AS_THERE else default, metadata={"option": info})
 
 
 def info_of(field: "dataclasses.Field[Any]") -> FieldInfo:

@@ -1,0 +1,109 @@
+"""The settings of `llmctl finetune`. Stdlib only; knows no tensor. What pretrain has too is declared there, once."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.pretrain import PretrainConfig, seconds, skips_allowed
+from llmctl.core.errors import UsageError
+
+_DATA, _BUDGET, _OPTIM = "Model and data", "Budget", "Optimizer"
+
+DEFAULT_EPOCHS = 3.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig:
+    """What `llmctl finetune` does. `None` means "not given": the plan then chooses, and says what it chose."""
+
+    model: str | None = option(None, "Model to start from: a folder, .gguf file, hub id or built-in name.", "-m", panel=_DATA)
+    data: tuple[Path, ...] = option(
+        (), "JSONL or JSON file of rows in chat or instruction form, may be .gz; repeatable.", metavar="FILE", panel=_DATA
+    )
+    val_data: tuple[Path, ...] = option((), "File of rows to evaluate on; repeatable.", metavar="FILE", panel=_DATA)
+    val_fraction: float = option(
+        0.0, "Part of the rows of --data to hold out for evaluation, chosen by a hash of the row.", minimum=0, below=1, panel=_DATA
+    )
+    out_dir: Path | None = option_like(PretrainConfig, "out_dir")
+    method: str = option("full", "What is trained: full is every weight.", choices=("full", "lora"), panel=_DATA)
+    mask_prompt: bool = option(True, "Loss on the answers only, not on system and user turns.", panel=_DATA)
+    chat_template: Path | None = option(
+        None, "Chat template (jinja2) to use and to save, instead of the model's own.", metavar="FILE", panel=_DATA
+    )
+    raw: bool = option(False, "Take prompt/completion rows as plain text, even where there is a chat template.", panel=_DATA)
+    seq_len: int | None = option(
+        None,
+        "Tokens in a training sequence; rows are packed into it. [default: 1024, less for a smaller context or little data]",
+        "--max-seq-length",
+        minimum=2,
+        panel=_DATA,
+    )
+    too_long: str = option(
+        "cut-end",
+        "A row longer than --seq-len: keep its beginning, its end, leave it out, or stop.",
+        choices=("cut-end", "cut-start", "drop", "error"),
+        panel=_DATA,
+    )
+    drop_empty: bool = option(False, "Leave out rows that have no answer token within --seq-len, instead of stopping.", panel=_DATA)
+    on_error: str = option("stop", "At a row that breaks a rule: stop, or skip it and list it.", choices=("stop", "skip"), panel=_DATA)
+    resize_vocab: bool = option(False, "Let the embeddings grow to the tokenizer's size where they are smaller.", panel=_DATA)
+    seed: int = option_like(PretrainConfig, "seed", help="Seed of the order of the data.")
+
+    epochs: float | None = option(
+        None, "Stop after so many passes over the rows. [default: 3, when no budget is given]", above=0, panel=_BUDGET
+    )
+    max_steps: int | None = option_like(PretrainConfig, "max_steps")
+    max_tokens: int | None = option_like(PretrainConfig, "max_tokens")
+    max_time: str | None = option_like(PretrainConfig, "max_time")
+    batch_size: int = option_like(
+        PretrainConfig, "batch_size", default=8, help="Packed sequences of --seq-len tokens in an optimizer step."
+    )
+    micro_batch_size: int | None = option_like(
+        PretrainConfig, "micro_batch_size", help="Sequences in one forward and backward pass. [default: as many as make 2048 tokens]"
+    )
+
+    optimizer: str = option_like(PretrainConfig, "optimizer", default="adamw")
+    learning_rate: float = option_like(PretrainConfig, "learning_rate", default=2e-5)
+    muon_learning_rate: float = option_like(PretrainConfig, "muon_learning_rate", default=2e-4)
+    weight_decay: float = option_like(PretrainConfig, "weight_decay", default=0.0)
+    beta1: float = option_like(PretrainConfig, "beta1")
+    beta2: float = option_like(PretrainConfig, "beta2")
+    muon_momentum: float = option_like(PretrainConfig, "muon_momentum")
+    clip: float = option_like(PretrainConfig, "clip")
+    schedule: str = option_like(PretrainConfig, "schedule", default="cosine")
+    warmup_steps: int | None = option_like(PretrainConfig, "warmup_steps", help="Steps of linear warm-up. [default: 3 % of the steps]")
+    decay_fraction: float = option_like(PretrainConfig, "decay_fraction")
+    final_lr_fraction: float = option_like(PretrainConfig, "final_lr_fraction")
+
+    eval_every: int | None = option_like(PretrainConfig, "eval_every")
+    save_every: int | None = option_like(PretrainConfig, "save_every")
+    log_every: int = option_like(PretrainConfig, "log_every")
+    keep_last: int = option_like(PretrainConfig, "keep_last")
+    resume: bool = option_like(PretrainConfig, "resume")
+    resume_from: Path | None = option_like(PretrainConfig, "resume_from")
+    auto_resume: bool = option_like(PretrainConfig, "auto_resume")
+    allow_change: tuple[str, ...] = option_like(PretrainConfig, "allow_change")
+    nonfinite: str = option_like(PretrainConfig, "nonfinite")
+    on_full: str = option_like(PretrainConfig, "on_full")
+    dry_run: bool = option_like(PretrainConfig, "dry_run")
+
+    device: str = option_like(PretrainConfig, "device")
+    dtype: str = option_like(PretrainConfig, "dtype")
+    threads: int | None = option_like(PretrainConfig, "threads")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.method == "lora":
+            raise UsageError("--method lora: not available yet; use --method full")
+        given = [f"--{n.replace('_', '-')}" for n in ("max_steps", "max_tokens", "epochs", "max_time") if getattr(self, n) is not None]
+        if len(given) > 1:
+            raise UsageError(f"{' and '.join(given)}: give one budget, not {len(given)}")
+        if self.val_data and self.val_fraction:
+            raise UsageError("--val-data and --val-fraction: give one of them")
+        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+            raise UsageError(f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}")
+        if sum((self.resume, self.auto_resume, self.resume_from is not None)) > 1:
+            raise UsageError("--resume, --resume-from and --auto-resume: give one of them")
+        if self.max_time is not None:
+            seconds(self.max_time, flag="--max-time")
+        skips_allowed(self.nonfinite)
