@@ -1,0 +1,39 @@
+"""Families of models as data: how Hugging Face writes their config and names their tensors. No torch, no file.
+
+To add one: a module with a `Family`, and a line in `FAMILIES`.
+"""
+
+from collections.abc import Mapping
+from typing import Any
+
+from llmctl.core.errors import InputError
+from llmctl.core.families.base import Family
+from llmctl.core.families.gpt2 import GPT2
+from llmctl.core.families.llama import LLAMA
+from llmctl.core.families.qwen import QWEN2, QWEN3
+
+__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+
+FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, QWEN2, QWEN3)}
+
+
+def family_named(name: str) -> Family:
+    """The family called `name`. Raises InputError that lists the names."""
+    if name not in FAMILIES:
+        raise InputError(f"the model family {name!r} is not known; the families are {', '.join(FAMILIES)}")
+    return FAMILIES[name]
+
+
+def family_of(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Family:
+    """The family that reads `hf_config`, by its `model_type`. Raises InputError, also for a config that wants code run."""
+    for key in ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines"):
+        if hf_config.get(key):
+            raise InputError(f"{where}: {key!r} asks to run code that comes with the model; refused, remove the key if the model works without")
+    if hf_config.get("quantization_config"):
+        raise InputError(f"{where}: quantised weights (quantization_config) cannot be read yet; take the unquantised model or a GGUF file")
+    model_type = hf_config.get("model_type")
+    for family in FAMILIES.values():
+        if model_type in family.model_types:
+            return family
+    known = ", ".join(sorted(t for family in FAMILIES.values() for t in family.model_types))
+    raise InputError(f"{where}: model_type {model_type!r} is not supported; the supported ones are {known}")

@@ -1,0 +1,295 @@
+"""The one decoder: token ids to hidden states to logits. Reads facts from ModelConfig; never a family's name.
+
+Legend: B rows, T tokens a row, C hidden size, H heads, Hkv key-value heads, D head size, F mlp size, V vocabulary.
+
+Parameters are plain and separate (q, k, v, o, gate, up, down are 2-D matrices of their own), because optimizers treat
+matrices one by one: Muon orthogonalises each, and adapters and quantisers name them.
+"""
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.model.attention import Pattern, attend
+from llmctl.core.model.cache import KVCache, Place
+from llmctl.core.model.rope import Rope, rotate
+
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "silu": F.silu,
+    "gelu": F.gelu,
+    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
+    "relu": F.relu,
+}
+
+
+class Norm(nn.Module):
+    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension."""
+
+    def __init__(self, size: int, config: ModelConfig, *, rms: bool | None = None) -> None:
+        super().__init__()
+        self._rms = config.norm == "rms" if rms is None else rms
+        self._eps = config.norm_eps
+        self.weight = nn.Parameter(torch.empty(size))
+        self.bias = nn.Parameter(torch.empty(size)) if config.norm_bias and not self._rms else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Any shape whose last dimension is the size; the same shape comes out."""
+        if self._rms:
+            return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
+        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
+
+
+class Positions(nn.Module):
+    """Absolute positions that are added to the embeddings: a learned table, or the fixed sinusoidal one, which is a buffer."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._fixed = config.positions == "sinusoidal"
+        table = torch.empty(config.max_positions, config.hidden_size)
+        if self._fixed:
+            self.register_buffer("weight", table)
+        else:
+            self.weight = nn.Parameter(table)
+
+    def forward(self, positions: Tensor) -> Tensor:
+        """(B, T) positions -> (B, T, C)."""
+        return F.embedding(positions, self.weight)
+
+    def init_weights(self, config: ModelConfig, generator: torch.Generator | None) -> None:
+        """Normal for a learned table; the formula of Vaswani et al. 2017, section 3.5, for the fixed one."""
+        with torch.no_grad():
+            if self._fixed:
+                self.weight.copy_(sinusoidal_table(config.max_positions, config.hidden_size))
+            else:
+                self.weight.normal_(std=config.initializer_range, generator=generator)
+
+
+def sinusoidal_table(num_positions: int, size: int) -> Tensor:
+    """Sines in the even columns and cosines in the odd ones, (num_positions, size) float32 (Vaswani et al. 2017, 3.5)."""
+    rates = torch.exp(torch.arange(0, size, 2, dtype=torch.float64) * (-math.log(10_000.0) / size))
+    angles = torch.arange(num_positions, dtype=torch.float64)[:, None] * rates
+    table = torch.zeros(num_positions, size, dtype=torch.float64)
+    table[:, 0::2] = angles.sin()
+    table[:, 1::2] = angles.cos()[:, : size // 2]
+    return table.float()
+
+
+class Embedding(nn.Module):
+    """The token embeddings, (V, C)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+
+
+class Head(nn.Module):
+    """The output head's own parameters: no weight when it shares that of the embeddings."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.weight = None if config.tie_embeddings else nn.Parameter(torch.empty(config.vocab_size, config.hidden_size))
+        self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
+
+
+class Attention(nn.Module):
+    """Causal multi-head or grouped-query attention with its four projections."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self._layer, self._head_dim = layer, config.head_dim
+        self._scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
+        self._window = config.windows[layer] if config.windows is not None else None
+        self._softcap = config.attention_softcap
+        self.q = nn.Linear(config.hidden_size, config.query_size, bias=config.qkv_bias)
+        self.k = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
+        self.v = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
+        self.o = nn.Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
+        self.q_norm = Norm(config.head_dim, config, rms=True) if config.qk_norm else None
+        self.k_norm = Norm(config.head_dim, config, rms=True) if config.qk_norm else None
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        batch, num_tokens, _ = x.shape
+        q = self.q(x).view(batch, num_tokens, -1, self._head_dim)  # (B, T, H, D)
+        k = self.k(x).view(batch, num_tokens, -1, self._head_dim)  # (B, T, Hkv, D)
+        v = self.v(x).view(batch, num_tokens, -1, self._head_dim).transpose(1, 2)
+        if self.q_norm is not None and self.k_norm is not None:
+            q, k = self.q_norm(q), self.k_norm(k)
+        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
+        if angles is not None:
+            q, k = rotate(q, *angles), rotate(k, *angles)
+        if cache is not None and place is not None:
+            k, v = cache.write(self._layer, place, k, v)  # (B, Hkv, K, D)
+        out = attend(q, k, v, pattern, scale=self._scale, window=self._window, softcap=self._softcap)
+        return self.o(out.transpose(1, 2).reshape(batch, num_tokens, -1))
+
+
+class Mlp(nn.Module):
+    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self._activation = _ACTIVATIONS[config.activation]
+        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias) if config.gated_mlp else None
+        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
+        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        if self.gate is None:
+            return self.down(self._activation(self.up(x)))
+        return self.down(self._activation(self.gate(x)) * self.up(x))
+
+
+class Layer(nn.Module):
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self._multiplier = config.residual_multiplier
+        self.attn_norm = Norm(config.hidden_size, config)
+        self.attn = Attention(config, layer)
+        self.mlp_norm = Norm(config.hidden_size, config)
+        self.mlp = Mlp(config)
+
+    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None) -> Tensor:
+        """(B, T, C) -> (B, T, C)."""
+        x = self._add(x, self.attn(self.attn_norm(x), angles, pattern, cache, place))
+        return self._add(x, self.mlp(self.mlp_norm(x)))
+
+    def _add(self, x: Tensor, y: Tensor) -> Tensor:
+        return x + y if self._multiplier == 1.0 else x + y * self._multiplier
+
+
+class Decoder(nn.Module):
+    """A decoder-only transformer. Build it under `torch.device("meta")` to have shapes without memory.
+
+    Weights are uninitialised until `init_weights` or a checkpoint fills them. With tied embeddings there is no
+    `head.weight`: the head reads `embed.weight`, and no tensor appears twice in `state_dict`.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed = Embedding(config)
+        self.positions = Positions(config) if config.positions in ("learned", "sinusoidal") else None
+        self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
+        self.final_norm = Norm(config.hidden_size, config)
+        self.head = Head(config)
+        self._rope = Rope(config) if config.positions == "rope" else None
+
+    @property
+    def head_weight(self) -> Tensor:
+        """The matrix of the output head, (V, C): `embed.weight` when tied."""
+        return self.embed.weight if self.head.weight is None else self.head.weight
+
+    @property
+    def device(self) -> torch.device:
+        """Where the weights lie."""
+        return self.head_weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The weights' number format."""
+        return self.head_weight.dtype
+
+    def init_weights(self, generator: torch.Generator | None = None) -> None:
+        """Fill the weights as published: matrices and embeddings normal(0, initializer_range), biases 0, norms 1.
+
+        With `scale_residual_init` the two matrices that write into the residual stream get a std divided by
+        sqrt(2 * num_layers) (Radford et al. 2019). The order of drawing is that of `named_parameters`.
+        """
+        std = self.config.initializer_range
+        residual_std = std / math.sqrt(2 * self.config.num_layers) if self.config.scale_residual_init else std
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                if name.endswith(("attn.o.weight", "mlp.down.weight")):
+                    parameter.normal_(std=residual_std, generator=generator)
+                elif name.endswith("norm.weight"):
+                    parameter.fill_(1.0)
+                elif name.endswith("bias"):
+                    parameter.zero_()
+                elif name != "positions.weight":
+                    parameter.normal_(std=std, generator=generator)
+        if self.positions is not None:
+            self.positions.init_weights(self.config, generator)
+
+    def hidden(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """Hidden states after the final norm, (B, T, C), of `tokens` (B, T).
+
+        `positions` (B, T), on the CPU, defaults to counting on from what the cache holds, from 0 without one, and from 0
+        in each document. With a `cache`, row b goes on with the text of slot `slots[b]` (distinct; default row number),
+        keys and values are stored, and a position of -1 marks padding: not stored, its output meaningless.
+        `document_lengths`, one tuple a row, each adding up to T, keeps attention within documents. Raises ValueError
+        for a position beyond the cache or, with absolute positions, beyond the table.
+        """
+        batch, num_tokens = tokens.shape
+        place = None
+        if cache is not None:
+            if document_lengths is not None:
+                raise ValueError("a cache holds one text a slot: document_lengths cannot be given with it")
+            slots = torch.arange(batch) if slots is None else slots.cpu()
+            if positions is None:
+                positions = cache.lengths[slots][:, None] + torch.arange(num_tokens)
+            positions = positions.cpu()
+            place = Place(cache, slots, positions)
+            pattern = Pattern(query_positions=positions, same_start=place.same_start)
+        else:
+            if positions is None:
+                positions = _counted(num_tokens, document_lengths)
+            positions = positions.cpu()
+            pattern = Pattern(document_lengths=document_lengths)
+        x = F.embedding(tokens, self.embed.weight)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self.config.embedding_multiplier
+        if self.positions is not None:
+            if int(positions.max()) >= self.config.max_positions:
+                raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_positions} that the model has")
+            x = x + self.positions(positions.clamp(min=0).to(x.device))
+        angles = self._rope.cos_sin(positions, dtype=x.dtype, device=x.device) if self._rope is not None else None
+        for layer in self.layers:
+            x = layer(x, angles, pattern, cache, place)
+        if cache is not None and slots is not None:
+            last = positions.amax(dim=1)
+            cache.lengths[slots] = torch.where(last >= 0, last + 1, cache.lengths[slots])
+        return self.final_norm(x)
+
+    def logits(self, hidden: Tensor) -> Tensor:
+        """Scores of the next token, (..., V), of `hidden` (..., C)."""
+        logits = F.linear(hidden, self.head_weight, self.head.bias)
+        if self.config.logit_multiplier != 1.0:
+            logits = logits * self.config.logit_multiplier
+        if self.config.logit_softcap is not None:
+            logits = torch.tanh(logits / self.config.logit_softcap) * self.config.logit_softcap
+        return logits
+
+    def forward(
+        self,
+        tokens: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        slots: Tensor | None = None,
+        document_lengths: Sequence[Sequence[int]] | None = None,
+    ) -> Tensor:
+        """Logits (B, T, V) of `tokens` (B, T); see `hidden`."""
+        return self.logits(self.hidden(tokens, positions=positions, cache=cache, slots=slots, document_lengths=document_lengths))
+
+
+def _counted(num_tokens: int, document_lengths: Sequence[Sequence[int]] | None) -> Tensor:
+    """Positions (1 or B, T) that count from 0 in each row or document."""
+    if document_lengths is None:
+        return torch.arange(num_tokens)[None]
+    return torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in document_lengths])

@@ -1,0 +1,136 @@
+"""Arithmetic about a model: names and shapes, parameters, FLOPs, memory. Knows ModelConfig only; no torch."""
+
+import math
+from dataclasses import dataclass
+
+from llmctl.core.config.model import ModelConfig
+
+
+def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
+    """Name -> shape of every tensor of the decoder, in the order of its `state_dict`.
+
+    A tied head is not there a second time. The table of sinusoidal positions is, though nothing trains it.
+    """
+    hidden, heads = config.hidden_size, config.head_dim
+    shapes: dict[str, tuple[int, ...]] = {"embed.weight": (config.vocab_size, hidden)}
+
+    def linear(name: str, outputs: int, inputs: int, bias: bool) -> None:
+        shapes[f"{name}.weight"] = (outputs, inputs)
+        if bias:
+            shapes[f"{name}.bias"] = (outputs,)
+
+    def norm(name: str) -> None:
+        shapes[f"{name}.weight"] = (hidden,)
+        if config.norm == "layer" and config.norm_bias:
+            shapes[f"{name}.bias"] = (hidden,)
+
+    if config.positions in ("learned", "sinusoidal"):
+        shapes["positions.weight"] = (config.max_positions, hidden)
+    for i in range(config.num_layers):
+        norm(f"layers.{i}.attn_norm")
+        linear(f"layers.{i}.attn.q", config.query_size, hidden, config.qkv_bias)
+        linear(f"layers.{i}.attn.k", config.kv_size, hidden, config.qkv_bias)
+        linear(f"layers.{i}.attn.v", config.kv_size, hidden, config.qkv_bias)
+        linear(f"layers.{i}.attn.o", hidden, config.query_size, config.attention_out_bias)
+        if config.qk_norm:
+            shapes[f"layers.{i}.attn.q_norm.weight"] = (heads,)
+            shapes[f"layers.{i}.attn.k_norm.weight"] = (heads,)
+        norm(f"layers.{i}.mlp_norm")
+        if config.gated_mlp:
+            linear(f"layers.{i}.mlp.gate", config.mlp_size, hidden, config.mlp_bias)
+        linear(f"layers.{i}.mlp.up", config.mlp_size, hidden, config.mlp_bias)
+        linear(f"layers.{i}.mlp.down", hidden, config.mlp_size, config.mlp_bias)
+    norm("final_norm")
+    if not config.tie_embeddings:
+        shapes["head.weight"] = (config.vocab_size, hidden)
+    if config.head_bias:
+        shapes["head.bias"] = (config.vocab_size,)
+    return shapes
+
+
+@dataclass(frozen=True)
+class ParameterCount:
+    """Counts of numbers. `embedding` holds token and position tables and an own head; `non_embedding` is the rest."""
+
+    total: int
+    embedding: int
+    non_embedding: int
+
+
+def num_parameters(config: ModelConfig) -> ParameterCount:
+    """How many numbers the model has, as its checkpoint stores them: a tied head counts once."""
+    embedding = total = 0
+    for name, shape in tensor_shapes(config).items():
+        total += math.prod(shape)
+        if name in ("embed.weight", "positions.weight", "head.weight"):
+            embedding += math.prod(shape)
+    return ParameterCount(total, embedding, total - embedding)
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Numbers that one token is multiplied with: all matrices and the head, tied or not, but no embedding look-up."""
+    layers = sum(math.prod(shape) for name, shape in tensor_shapes(config).items() if name.startswith("layers.") and len(shape) == 2)
+    return layers + config.vocab_size * config.hidden_size
+
+
+def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+    """Floating-point operations to train on one token of a text of `seq_len` tokens, forward and backward.
+
+    6 * N + 12 * L * H * D * K, the formula of PaLM (Chowdhery et al. 2022, appendix B), where N counts the numbers of
+    the matrices and the head, and K is the keys that a query sees on average: (seq_len + 1) / 2 with a causal mask (PaLM
+    counts the whole square), less in a layer with a window. A forward pass alone is a third of it.
+    """
+    attention = 0.0
+    for layer in range(config.num_layers):
+        window = config.windows[layer] if config.windows is not None else None
+        attention += 12 * config.query_size * _mean_keys(seq_len, window)
+    return 6 * matmul_parameters(config) + attention
+
+
+def _mean_keys(seq_len: int, window: int | None) -> float:
+    if window is None or window >= seq_len:
+        return (seq_len + 1) / 2
+    return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
+def cache_bytes_per_token(config: ModelConfig, *, bytes_per_number: int) -> int:
+    """Bytes of the KV cache for one token of one text."""
+    return 2 * config.num_layers * config.kv_size * bytes_per_number
+
+
+@dataclass(frozen=True)
+class TrainingMemory:
+    """An estimate in bytes: what weights, gradients and optimizer hold throughout, and the activations of one micro-batch."""
+
+    weight_bytes: int
+    gradient_bytes: int
+    optimizer_bytes: int
+    activation_bytes: int
+
+    @property
+    def total_bytes(self) -> int:
+        """All of it at once, the peak."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+
+
+def training_memory(
+    config: ModelConfig, *, tokens_per_micro_batch: int, compute_bytes: int, moments: float = 2.0, loss_chunk_tokens: int = 1024
+) -> TrainingMemory:
+    """Estimate the memory of training with float32 masters.
+
+    `compute_bytes` is 2 for bf16 and 4 for float32: at 2 there is a copy of the weights beside the masters. `moments` is
+    how many float32 numbers the optimizer keeps a parameter: 2 for AdamW, 1 for Muon. Activations count what autograd
+    keeps of each layer (inputs of norms and matmuls, queries, keys, values, both mlp halves), and the loss a float32
+    block of `loss_chunk_tokens` rows of the vocabulary, twice.
+    """
+    total = num_parameters(config).total
+    hidden, mlp = config.hidden_size, config.mlp_size * (4 if config.gated_mlp else 2)
+    per_layer = 5 * hidden + 3 * config.query_size + 3 * config.kv_size + mlp
+    activations = tokens_per_micro_batch * (config.num_layers * per_layer + 3 * hidden) * compute_bytes
+    loss = 2 * min(tokens_per_micro_batch, loss_chunk_tokens) * config.vocab_size * 4
+    return TrainingMemory(
+        weight_bytes=total * 4 + (total * compute_bytes if compute_bytes < 4 else 0),
+        gradient_bytes=total * compute_bytes,
+        optimizer_bytes=int(total * 4 * moments),
+        activation_bytes=activations + loss,
+    )
