@@ -1,0 +1,257 @@
+"""The one generate loop: requests in, events out. Knows slots and scheduling; knows no model, terminal or file.
+
+Every text under way holds a slot of the executor's cache. A round of the loop admits requests into free slots, feeds one
+chunk of prompt tokens, and then decodes one token for all texts that are ready, in one call. A finished text leaves its
+slot to the next request at once. The stream of requests may be endless: it is read only when a slot is free.
+"""
+
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.core.errors import NonFiniteError
+from llmctl.core.infer.events import Event, Failed, Finished, Request, TokenOut, Warned
+from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.sequence import TextTokenizer, TextUnderWay
+
+
+class _End:
+    """The end of the requests."""
+
+
+_END = _End()
+
+_MIN_SHARED = 16
+"""Prompts that begin with fewer equal tokens than this are not worth a copy."""
+
+
+class StopQuestion(Protocol):
+    """Asked between steps: the number of the signal that wants the work to end, or None."""
+
+    def __call__(self) -> int | None: ...
+
+
+def never_stop() -> int | None:
+    """The StopQuestion of those who do not ask."""
+    return None
+
+
+class Engine:
+    """Generates texts with an Executor. One engine runs one stream of requests at a time.
+
+    `num_slots` texts are under way at most; when memory is short the engine halves that number, says so, and goes on.
+    `chunk_tokens` bounds how many prompt tokens are fed between two rounds of decoding. `share_prefixes` copies the
+    keys and values of a beginning that another text in the cache has too (a system prompt, samples of one prompt)
+    instead of computing them again.
+    """
+
+    def __init__(
+        self,
+        executor: Executor,
+        tokenizer: TextTokenizer,
+        *,
+        eos_ids: Iterable[int] = (),
+        num_slots: int = 1,
+        chunk_tokens: int = 512,
+        share_prefixes: bool = True,
+    ) -> None:
+        if num_slots < 1 or chunk_tokens < 1:
+            raise ValueError("num_slots and chunk_tokens must be at least 1")
+        self._executor, self._tokenizer = executor, tokenizer
+        self._eos_ids = frozenset(eos_ids)
+        self._num_slots, self._chunk_tokens, self._share_prefixes = num_slots, chunk_tokens, share_prefixes
+        # ids beyond the tokenizer's are padding of the embedding matrix: they mean nothing and are never chosen
+        self._num_choices = min(executor.vocab_size, tokenizer.vocab_size)
+        self._active: dict[int, TextUnderWay] = {}  # slot -> its text
+        self._cached: list[list[int]] = [[] for _ in range(num_slots)]  # slot -> the tokens whose keys and values it holds
+        self._waiting: deque[TextUnderWay] = deque()  # put back when memory ran short; they go before new requests
+
+    def run(self, requests: Iterable[Request | Failed | None], *, stop: Callable[[], int | None] = never_stop) -> Iterator[Event]:
+        """Answer `requests`; a Failed among them is passed on, and None says that the next one is not there yet.
+
+        Events of different requests are interleaved. When `stop` gives a number, every text under way is closed as
+        "interrupted" and the run ends. Raises NonFiniteError that names the token at which logits were NaN or infinite.
+        """
+        source = iter(requests)
+        exhausted = False
+        try:
+            while True:
+                if stop() is not None:
+                    yield from (text.finished("interrupted") for text in [*self._active.values(), *self._waiting])
+                    return
+                while len(self._active) < self._num_slots and (self._waiting or not exhausted):
+                    if self._waiting:
+                        yield from self._admit(self._waiting.popleft())
+                        continue
+                    request = next(source, _END)
+                    if request is None:
+                        break
+                    if isinstance(request, _End):
+                        exhausted = True
+                    elif isinstance(request, Failed):
+                        yield request
+                    elif (problem := self._problem(request)) is not None:
+                        yield Failed(id=request.id, sample_index=request.sample_index, error=problem)
+                    else:
+                        yield from self._admit(TextUnderWay(request, self._tokenizer, eos_ids=self._eos_ids))
+                if not self._active:
+                    if exhausted and not self._waiting:
+                        return
+                    continue
+                try:
+                    yield from self._feed_prompts()
+                    yield from self._decode()
+                except MemoryError:
+                    yield self._shrink()
+        finally:
+            self._active.clear()
+            self._waiting.clear()
+
+    def _problem(self, request: Request) -> str | None:
+        """Why a request cannot be answered, or None."""
+        num_prompt, context = len(request.prompt_ids), self._executor.max_positions
+        if num_prompt == 0:
+            return "the prompt is empty (no tokens)"
+        if max(request.prompt_ids) >= self._executor.vocab_size or min(request.prompt_ids) < 0:
+            return f"the prompt holds a token id that the model of {self._executor.vocab_size:,} tokens lacks"
+        if request.max_new_tokens < 1:
+            return f"max_new_tokens is {request.max_new_tokens}, at least 1 is wanted"
+        if num_prompt + request.max_new_tokens > context:
+            return f"{num_prompt:,} prompt tokens and {request.max_new_tokens:,} new ones exceed the model's context of {context:,}"
+        return None
+
+    def _admit(self, text: TextUnderWay) -> Iterator[Event]:
+        """Give a text a slot: the free one that already holds the longest part of its beginning, else the lowest."""
+        free = [slot for slot in range(self._num_slots) if slot not in self._active]
+        try:
+            self._executor.reserve(num_slots=self._num_slots, capacity=text.max_length)
+        except MemoryError:
+            self._waiting.appendleft(text)
+            yield self._shrink()
+            return
+        shared = {slot: _common_length(self._cached[slot], text.tokens) for slot in free} if self._share_prefixes else {}
+        slot = max(free, key=lambda s: (shared.get(s, 0), -s))
+        text.num_fed = min(shared.get(slot, 0), len(text.tokens) - 1)  # the last token is always fed: its logits are needed
+        del self._cached[slot][text.num_fed :]
+        self._active[slot] = text
+
+    def _feed_prompts(self) -> Iterator[Event]:
+        """Feed one chunk of the texts whose prompts are not in the cache yet."""
+        pending = [(slot, text) for slot, text in self._active.items() if text.num_unfed > 1 or text.is_new]
+        group: list[tuple[int, TextUnderWay]] = []
+        width = 0
+        for slot, text in pending:
+            if self._share_prefixes and self._copy_or_wait(slot, text, [other for _, other in group]):
+                continue
+            length = min(text.num_unfed, self._chunk_tokens)
+            if not group:
+                width = length
+            # rows of one call have one width: a text joins where at most half of its row is padding
+            elif length > width or 2 * length < width or (len(group) + 1) * width > self._chunk_tokens:
+                continue
+            group.append((slot, text))
+        if not group:
+            return
+        group.sort()
+        lengths = np.array([min(text.num_unfed, width) for _, text in group], dtype=np.int64)
+        tokens = np.zeros((len(group), width), dtype=np.int64)
+        for row, (_, text) in enumerate(group):
+            tokens[row, : lengths[row]] = text.tokens[text.num_fed : text.num_fed + int(lengths[row])]
+        logits = self._step(group, tokens, lengths if bool((lengths < width).any()) else None)
+        for row, (slot, text) in enumerate(group):
+            self._note_fed(slot, text, int(lengths[row]))
+            if text.num_unfed == 0:
+                yield from self._choose(slot, text, logits[row])
+
+    def _copy_or_wait(self, slot: int, text: TextUnderWay, group: list[TextUnderWay]) -> bool:
+        """Take over a cached beginning from another slot; True when the text had better wait for one being computed."""
+        limit = len(text.tokens) - 1
+        best, length = max(
+            ((s, _common_length(tokens, text.tokens, limit)) for s, tokens in enumerate(self._cached) if s != slot),
+            key=lambda found: found[1],
+            default=(slot, 0),
+        )
+        if length >= text.num_fed + _MIN_SHARED or (length == limit > text.num_fed):
+            self._executor.copy_slot(best, to=slot, length=length)
+            self._cached[slot] = list(text.tokens[:length])
+            text.num_fed = length
+        return any(_common_length(other.tokens, text.tokens, limit) >= min(limit, text.num_fed + _MIN_SHARED) > text.num_fed for other in group)
+
+    def _decode(self) -> Iterator[Event]:
+        """One more token for every text whose prompt is in the cache."""
+        group = sorted((slot, text) for slot, text in self._active.items() if text.num_unfed == 1 and not text.is_new)
+        if not group:
+            return
+        tokens = np.array([[text.tokens[-1]] for _, text in group], dtype=np.int64)
+        logits = self._step(group, tokens, None)
+        for row, (slot, text) in enumerate(group):
+            self._note_fed(slot, text, 1)
+            yield from self._choose(slot, text, logits[row])
+
+    def _step(self, group: list[tuple[int, TextUnderWay]], tokens: NDArray[np.int64], lengths: NDArray[np.int64] | None) -> NDArray[np.float32]:
+        positions = np.array([text.num_fed for _, text in group], dtype=np.int64)
+        slots = np.array([slot for slot, _ in group], dtype=np.int64)
+        return self._executor.step(tokens, positions, slots, lengths=lengths)
+
+    def _note_fed(self, slot: int, text: TextUnderWay, count: int) -> None:
+        self._cached[slot].extend(text.tokens[text.num_fed : text.num_fed + count])
+        text.num_fed += count
+
+    def _choose(self, slot: int, text: TextUnderWay, logits: NDArray[np.float32]) -> Iterator[Event]:
+        try:
+            token, piece, reason = text.choose(logits[: self._num_choices])
+        except NonFiniteError as error:
+            request = text.request
+            raise NonFiniteError(
+                f"the model produced NaN or infinity at token {text.num_new} of item {request.id}: {error}; check its weights, or try --dtype float32"
+            ) from error
+        yield TokenOut(
+            id=text.request.id,
+            sample_index=text.request.sample_index,
+            token_index=text.num_new - 1,
+            token_id=token,
+            text=piece,
+        )
+        if reason is not None:
+            del self._active[slot]
+            yield text.finished(reason)
+
+    def _shrink(self) -> Warned | Failed:
+        """Halve the slots after memory ran out. The texts under way keep their tokens and are fed again.
+
+        With one slot, its text fails; another, shorter one may still fit.
+        """
+        self._waiting.extendleft(reversed(list(self._active.values())))
+        self._active.clear()
+        if self._num_slots == 1:
+            request = self._waiting.popleft().request
+            self._executor.release()
+            self._cached = [[]]
+            error = f"out of memory for one text of {len(request.prompt_ids):,} prompt tokens and up to {request.max_new_tokens:,} new ones"
+            return Failed(id=request.id, sample_index=request.sample_index, error=error)
+        for text in self._waiting:
+            text.num_fed = 0
+        self._executor.release()
+        before, self._num_slots = self._num_slots, self._num_slots // 2
+        self._cached = [[] for _ in range(self._num_slots)]
+        return Warned(message=f"not enough memory for {before} texts at once; going on with {self._num_slots}")
+
+
+def _common_length(first: list[int], second: list[int], limit: int | None = None) -> int:
+    """How many tokens at the beginning are equal, at most `limit`."""
+    high = min(len(first), len(second) if limit is None else limit)
+    if first[:high] == second[:high]:
+        return high
+    low = 0
+    if first[:_MIN_SHARED] != second[:_MIN_SHARED]:  # the common case: nothing but a BOS is shared
+        high = min(high, _MIN_SHARED)
+    while low < high - 1:  # first[:low] is shared, first[:high] is not
+        middle = (low + high) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle
+    return low

@@ -1,0 +1,109 @@
+"""One text under way: its tokens, how much of them is in the cache, its random stream, its characters. Knows no slot."""
+
+from collections.abc import Collection
+from typing import Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.core.infer.events import Finished, FinishReason, Request
+from llmctl.core.infer.penalties import History
+from llmctl.core.infer.sampler import sample, stream_key, uniform_at
+from llmctl.core.infer.stopping import StopMatcher
+
+
+class TextDecoder(Protocol):
+    """Ids in, whole characters out."""
+
+    def push(self, token_id: int, /) -> str:
+        """The characters that became complete."""
+
+    def finish(self) -> str:
+        """What is left, with U+FFFD for an incomplete character."""
+
+
+class TextTokenizer(Protocol):
+    """The little that the engine asks of a tokenizer."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Highest id + 1."""
+
+    @property
+    def special_ids(self) -> Collection[int]:
+        """Ids of control tokens, which are no text."""
+
+    def stream(self) -> TextDecoder:
+        """A fresh decoder for one text."""
+
+
+class TextUnderWay:
+    """The state of one request. Sampling depends on it alone, never on its neighbours in a batch."""
+
+    def __init__(self, request: Request, tokenizer: TextTokenizer, *, eos_ids: Collection[int]) -> None:
+        self.request = request
+        self.tokens = list(request.prompt_ids)
+        """Prompt and answer."""
+        self.num_fed = 0
+        """How many of `tokens` are in the cache."""
+        self._eos_ids, self._special_ids = eos_ids, tokenizer.special_ids
+        self._key = stream_key(request.id, request.sample_index)
+        self._history = History(request.prompt_ids)
+        self._decoder, self._matcher = tokenizer.stream(), StopMatcher(request.stop)
+        self._pieces: list[str] = []
+
+    @property
+    def num_new(self) -> int:
+        """Generated tokens so far."""
+        return len(self.tokens) - len(self.request.prompt_ids)
+
+    @property
+    def num_unfed(self) -> int:
+        """Tokens that the model has not seen yet."""
+        return len(self.tokens) - self.num_fed
+
+    @property
+    def is_new(self) -> bool:
+        """Whether no token has been generated yet."""
+        return self.num_new == 0
+
+    @property
+    def max_length(self) -> int:
+        """The most tokens that the text can come to."""
+        return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    def choose(self, logits: NDArray[np.float32]) -> tuple[int, str, FinishReason | None]:
+        """Take the next token from `logits` (V,): the token, the text that became certain, and whether it was the last.
+
+        Raises NonFiniteError.
+        """
+        params = self.request.params
+        uniform = 0.0 if params.is_greedy else uniform_at(self.request.seed, self._key, self.num_new)
+        token = sample(logits, params, uniform, history=self._history)
+        self.tokens.append(token)
+        self._history.add(token)
+        if token in self._eos_ids:
+            return token, "", "eos"
+        piece = "" if token in self._special_ids else self._matcher.push(self._decoder.push(token))
+        self._pieces.append(piece)
+        if self._matcher.matched is not None:
+            return token, piece, "stop"
+        return token, piece, "length" if self.num_new >= self.request.max_new_tokens else None
+
+    def finished(self, reason: FinishReason) -> Finished:
+        """The result; gives out what had been held back."""
+        if self._matcher.matched is None:
+            self._pieces.append(self._matcher.push(self._decoder.finish()))
+            self._pieces.append(self._matcher.finish())
+        request = self.request
+        return Finished(
+            id=request.id,
+            sample_index=request.sample_index,
+            text="".join(self._pieces),
+            finish=reason,
+            token_ids=tuple(self.tokens[len(request.prompt_ids) :]),
+            num_prompt_tokens=len(request.prompt_ids),
+            num_new_tokens=self.num_new,
+            seed=request.seed,
+            stop=self._matcher.matched,
+        )
