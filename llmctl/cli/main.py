@@ -15,7 +15,7 @@ from llmctl.cli import eval, finetune, generate, pretrain, tokenize
 from llmctl.cli.options import CONTEXT_SETTINGS, debug_requested
 from llmctl.cli.shell import PROGRAM, stderr_line
 from llmctl.cli.signals import die_by
-from llmctl.cli.streams import ReaderGone, out, silence_stdout, stdout_failure
+from llmctl.cli.streams import STDOUT_NAME, ReaderGone, name_stdout, out, silence_stdout, stdout_failure
 from llmctl.core.errors import Interrupted, LlmctlError, WriteError, is_write_failure
 
 EXIT_CODES = """\
@@ -64,6 +64,7 @@ def main() -> None:
     if sys.version_info < (3, 11) or sys.platform not in ("linux", "darwin"):
         stderr_line(f"{PROGRAM}: error: Linux or macOS and Python 3.11 or newer are needed")
         raise SystemExit(1)
+    name_stdout()
     code = run(sys.argv[1:])
     try:
         if sys.stdout is not None:
@@ -79,6 +80,8 @@ def run(arguments: list[str]) -> int:
         if sys.stdout is None and not {"-h", "--help"} & set(arguments):
             raise WriteError("cannot write to stdout: it is closed; give it somewhere to go, for instance `> file`")
         code: Any = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+        if code == 128 + signal.SIGINT:  # what recent Typer versions make of a KeyboardInterrupt
+            raise KeyboardInterrupt
         out.flush()
         return code if isinstance(code, int) else 0
     except BaseException as error:
@@ -87,11 +90,16 @@ def run(arguments: list[str]) -> int:
 
 def _report(error: BaseException) -> int:
     """Say what happened, in one line, and give the exit code."""
-    if isinstance(error, ReaderGone | BrokenPipeError):
+    # Typer prints the help by itself, and turns a BrokenPipeError there into SystemExit.
+    if isinstance(error, ReaderGone | BrokenPipeError) or (
+        isinstance(error, SystemExit) and isinstance(error.__context__, BrokenPipeError)
+    ):
         silence_stdout()
         return 128 + signal.SIGPIPE
     if isinstance(error, SystemExit):
         return error.code if isinstance(error.code, int) else 1
+    if isinstance(error, OSError) and error.filename == STDOUT_NAME:
+        error = stdout_failure(error)
     if debug_requested() and not isinstance(error, typer.Exit):
         import traceback
 

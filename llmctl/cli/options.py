@@ -11,11 +11,24 @@ from typing import Annotated, Any, TypeVar
 import typer
 
 from llmctl.cli.shell import Shell
-from llmctl.core.config.fields import FieldInfo, flag_of, info_of, options_of, types_of
-from llmctl.core.config.resolve import Resolved, resolve
+from llmctl.core.config.fields import FieldInfo, FieldType, flag_of, info_of, options_of, types_of
+from llmctl.core.config.resolve import Resolved, parse_text, resolve
 from llmctl.core.errors import UsageError
 
 ConfigT = TypeVar("ConfigT")
+
+
+@dataclasses.dataclass(frozen=True)
+class Registered:
+    """What was registered as a command: the docs and the completions are made from it."""
+
+    config: type
+    help: str
+    epilog: str | None
+
+
+REGISTERED: dict[str, Registered] = {}
+"""Full name of a command ("tokenize pack") -> what it is, in order of registration."""
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _COMMON_PANEL = "Every command"
@@ -41,7 +54,7 @@ def add_command(
     def invoke(**given: Any) -> None:
         common = {key: given.pop(f"common_{key}") for key in ("config", "print_config", "json", "quiet", "verbose", "debug")}
         shell = Shell(quiet=common["quiet"], verbose=common["verbose"], json=common["json"], debug=common["debug"])
-        flags = {key: value for key, value in given.items() if value is not None and value != []}
+        flags = {key: _parse(value, kinds[key], flag_names[key]) for key, value in given.items() if value is not None and value != []}
         resolved = resolve(config, command=command, flags=flags, config_file=common["config"], environ=os.environ)
         if common["print_config"]:
             print_config(resolved)
@@ -49,17 +62,30 @@ def add_command(
         shell.origins = resolved.origins
         run(resolved.config, shell)
 
+    kinds = types_of(config)
+    flag_names = {field.name: flag_of(field) for field in options_of(config)}
     parameters = [_parameter(field, config) for field in options_of(config)]
     parameters += _common_parameters(command)
     invoke.__signature__ = inspect.Signature(parameters)  # type: ignore[attr-defined]
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
     invoke.__name__ = name.replace("-", "_")
+    REGISTERED[command] = Registered(config, help, epilog)
     app.command(name=name, help=help, epilog=epilog, no_args_is_help=False, context_settings=CONTEXT_SETTINGS)(invoke)
+
+
+def _parse(value: Any, kind: FieldType, flag: str) -> Any:
+    """What Typer gives for a flag, as a value of the field's type. Text is parsed here rather than by Typer, whose
+    messages change with its version and may leave out the value."""
+    if kind.kind is bool:
+        return value
+    if kind.many:
+        return tuple(parse_text(part, dataclasses.replace(kind, many=False), flag) for part in value)
+    return parse_text(value, kind, flag)
 
 
 def _parameter(field: "dataclasses.Field[Any]", config: type) -> inspect.Parameter:
     info, kind = info_of(field), types_of(config)[field.name]
-    base: Any = kind.kind
+    base: Any = bool if kind.kind is bool else str
     hint: Any = list[base] | None if kind.many else base | None
     shown = _help_text(field, info)
     if info.positional:
@@ -134,7 +160,8 @@ def toml_value(value: Any) -> str:
         return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, int | float):
         return repr(value)
-    return json.dumps(os.fspath(value) if isinstance(value, os.PathLike) else value, ensure_ascii=False)
+    text = json.dumps(os.fspath(value) if isinstance(value, os.PathLike) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # JSON lets it stand, TOML does not
 
 
 def need(value: Any, flag: str, why: str) -> Any:

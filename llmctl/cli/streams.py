@@ -4,6 +4,7 @@ stdout carries results only. It is written through `out`, which flushes when ask
 descriptor and a reader that went away into the right errors.
 """
 
+import io
 import os
 import stat
 import sys
@@ -12,7 +13,7 @@ from typing import Any
 
 from llmctl.core.errors import InputError, UsageError, WriteError, is_write_failure
 
-_BLOCK_BYTES = 1 << 16
+STDOUT_NAME = "<stdout>"
 
 
 class ReaderGone(Exception):
@@ -59,6 +60,24 @@ def stdout_failure(error: OSError) -> Exception:
         return ReaderGone()
     reason = "no space left" if is_write_failure(error) and error.errno == 28 else (error.strerror or str(error)).lower()
     return WriteError(f"cannot write to stdout: {reason}")
+
+
+class _NamedStdout(io.FileIO):
+    """Descriptor 1, whose errors say that it was stdout that could not be written."""
+
+    def write(self, data: Any) -> int:
+        try:
+            return super().write(data) or 0
+        except OSError as error:
+            error.filename = STDOUT_NAME
+            raise
+
+
+def name_stdout() -> None:
+    """Make the errors of every write to sys.stdout, Typer's help among them, name it; and make its text UTF-8."""
+    if sys.stdout is not None:
+        raw = _NamedStdout(sys.stdout.fileno(), "wb", closefd=False)
+        sys.stdout = io.TextIOWrapper(io.BufferedWriter(raw), encoding="utf-8", errors="replace", line_buffering=raw.isatty())
 
 
 def silence_stdout() -> None:

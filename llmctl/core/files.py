@@ -50,7 +50,10 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     path = Path(path)
     temp: str | None = None
     try:
-        fd, temp = tempfile.mkstemp(prefix=TEMP_PREFIX, dir=path.parent)
+        try:
+            fd, temp = tempfile.mkstemp(prefix=TEMP_PREFIX, dir=path.parent)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise _cannot_create(path, error) from error
         with os.fdopen(fd, "wb") as file:
             yield file
             file.flush()
@@ -62,13 +65,15 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
     except OSError as error:
         if is_write_failure(error):
             raise write_error(error, path=path) from error
-        if temp is None and error.filename is not None and str(error.filename).startswith(str(path.parent)):
-            raise UsageError(f"cannot create {path}: {error.strerror}; choose a folder that exists and that you may write to") from error
         raise
     finally:
         if temp is not None:
             with contextlib.suppress(OSError):
                 os.unlink(temp)
+
+
+def _cannot_create(path: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot create {path}: {error.strerror}; choose a folder that exists and that you may write to")
 
 
 def _apply_umask(fd: int, path: Path) -> None:
@@ -233,13 +238,17 @@ def atomic_dir(path: Path, *, before_rename: Callable[[Path], None] | None = Non
     """A temporary folder that becomes `path` when the block ends well, and is removed when it does not.
 
     All its files are fsynced, then `before_rename(temp)` runs (a manifest, usually), then the rename, then the fsync of
-    the parent. `path` must not exist. Raises WriteError when the disk is full or fails.
+    the parent. `path` must not exist. Raises WriteError when the disk is full or fails, UsageError when the parent
+    cannot be written to.
     """
     path = Path(path)
     temp = path.parent / f"{TEMP_PREFIX}{path.name}-{os.getpid()}"
     try:
         shutil.rmtree(temp, ignore_errors=True)
-        temp.mkdir()
+        try:
+            temp.mkdir()
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise _cannot_create(path, error) from error
         yield temp
         for file in temp.rglob("*"):
             if file.is_file():

@@ -49,7 +49,7 @@ def resolve(
     if config_file is not None:
         for name, value in _read_file(config_file, cls, kinds).items():
             put(name, value, f"file {config_file}")
-    for name, value, variable in _read_environment(command, kinds, environ):
+    for name, value, variable in _read_environment(command, cls, kinds, environ):
         put(name, value, f"environment {variable}")
     for name, value in flags.items():
         put(name, tuple(value) if kinds[name].many else value, "flag")
@@ -103,18 +103,23 @@ def _from_toml(value: Any, kind: FieldType, where: str) -> Any:
     return value
 
 
-def _read_environment(command: str, kinds: Mapping[str, FieldType], environ: Mapping[str, str]) -> list[tuple[str, Any, str]]:
+def _read_environment(command: str, cls: type, kinds: Mapping[str, FieldType], environ: Mapping[str, str]) -> list[tuple[str, Any, str]]:
     prefix = f"LLMCTL_{command.replace(' ', '_').replace('-', '_').upper()}_"
     found = []
     if "model" in kinds and environ.get("LLMCTL_MODEL"):
-        found.append(("model", environ["LLMCTL_MODEL"], "LLMCTL_MODEL"))
+        found.append(("model", parse_text(environ["LLMCTL_MODEL"], kinds["model"], "environment variable LLMCTL_MODEL"), "LLMCTL_MODEL"))
     for variable in sorted(environ):
         if not variable.startswith(prefix):
             continue
         name = variable.removeprefix(prefix).lower()
         if name not in kinds:
             raise UsageError(f"environment variable {variable}: `llmctl {command}` has no such setting{_nearest(name, kinds)}")
-        found.append((name, parse_text(environ[variable], kinds[name], f"environment variable {variable}"), variable))
+        value = parse_text(environ[variable], kinds[name], f"environment variable {variable}")
+        try:
+            _check_alone(cls, {name: value})
+        except UsageError as error:
+            raise UsageError(f"environment variable {variable}: {error}") from error
+        found.append((name, value, variable))
     return found
 
 
