@@ -3,7 +3,6 @@
 Weights are mapped, not read: a tensor that is stored as the model wants it stays in the page cache until it is used.
 """
 
-import json
 import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ from llmctl.core.families import Family, family_named, family_of
 from llmctl.core.files import read_json, write_json
 from llmctl.core.model.decoder import Decoder, sinusoidal_table
 from llmctl.core.model.facts import tensor_shapes
-from llmctl.core.tensorfile import INDEX_NAME, SINGLE_NAME, TensorFile, inside, weight_files
+from llmctl.core.tensorfile import INDEX_NAME, SINGLE_NAME, TensorFile, weight_files
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
@@ -106,12 +105,9 @@ def _our_tensors(folder: Path, config: ModelConfig, family: Family, *, dtype: to
     """The decoder's tensors, one after the other, so that only one at a time needs room for a conversion."""
     found = _open_tensors(folder)
     bindings = _bindings(family, config)
-    found = _with_prefix(found, family, {binding.theirs for binding in bindings})
     wanted = {binding.theirs for binding in bindings}
-    for name in [name for name in found if name not in wanted]:
-        if name.endswith(family.ignored) if family.ignored else False:
-            found.pop(name)
-    extra = sorted(set(found) - wanted)
+    found = _with_prefix(found, family, wanted)
+    extra = sorted(name for name in set(found) - wanted if not name.endswith(family.ignored))
     if config.tie_embeddings:
         extra = [name for name in extra if not (name in family.head_names and _is_copy(found, name, bindings[0].theirs))]
     if extra:
@@ -147,7 +143,7 @@ def _with_prefix(found: dict[str, Tensor], family: Family, wanted: set[str]) -> 
     """A checkpoint of the bare trunk (GPT-2 on the hub) leaves the prefix off; put it back."""
     if any(name.startswith(family.trunk_prefix) for name in found):
         return found
-    return {family.trunk_prefix + name if family.trunk_prefix + name in wanted or name not in wanted else name: t for name, t in found.items()}
+    return {name if name in wanted else family.trunk_prefix + name: tensor for name, tensor in found.items()}
 
 
 def _is_copy(found: dict[str, Tensor], name: str, original: str) -> bool:
@@ -199,7 +195,8 @@ def check_tokenizer(tokenizer: "Tokenizer", config: ModelConfig, *, where: objec
     """Raise InputError when the tokenizer has ids that the model has no embedding for."""
     if tokenizer.vocab_size > config.vocab_size:
         raise InputError(
-            f"{where}: the tokenizer has ids up to {tokenizer.vocab_size - 1}, the model has {config.vocab_size} embeddings; they do not belong together"
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model has embeddings for {config.vocab_size}; "
+            "they do not belong together"
         )
 
 

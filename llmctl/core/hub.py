@@ -40,12 +40,22 @@ def fetch_model(reference: str) -> Path:
     os.environ.setdefault("HF_HUB_ETAG_TIMEOUT", str(CONNECT_TIMEOUT_S))
     os.environ.setdefault("HF_HUB_DISABLE_TELEMETRY", "1")
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import GatedRepoError, HfHubHTTPError, LocalEntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError
+    from huggingface_hub.errors import (
+        GatedRepoError,
+        HfHubHTTPError,
+        LocalEntryNotFoundError,
+        RepositoryNotFoundError,
+        RevisionNotFoundError,
+    )
 
     def snapshot(*, local_only: bool) -> Path:
         return Path(
             snapshot_download(
-                repository, revision=revision or None, allow_patterns=list(FILES), local_files_only=local_only, etag_timeout=CONNECT_TIMEOUT_S
+                repository,
+                revision=revision or None,
+                allow_patterns=list(FILES),
+                local_files_only=local_only,
+                etag_timeout=CONNECT_TIMEOUT_S,
             )
         )
 
@@ -69,4 +79,6 @@ def fetch_model(reference: str) -> Path:
         status = getattr(error.response, "status_code", "an error")
         raise NotFoundError(f"model {reference!r} not found locally, and the hub answered {status}; try again later") from error
     except (LocalEntryNotFoundError, OSError, RuntimeError) as error:
-        raise NotFoundError(f"model {reference!r} not found locally, offline: the hub cannot be reached ({type(error).__name__})") from error
+        raise NotFoundError(
+            f"model {reference!r} not found locally, offline: the hub cannot be reached ({type(error).__name__})"
+        ) from error

@@ -72,7 +72,9 @@ def _read_header(file: Any, path: Path, file_bytes: int) -> dict[str, TensorEntr
     if not isinstance(header, dict):
         raise InputError(f"{path}: the header is not a JSON object")
     data_bytes = file_bytes - 8 - header_bytes
-    entries = {name: _read_entry(path, name, fields, 8 + header_bytes, data_bytes) for name, fields in header.items() if name != "__metadata__"}
+    entries = {
+        name: _read_entry(path, name, fields, 8 + header_bytes, data_bytes) for name, fields in header.items() if name != "__metadata__"
+    }
     _check_cover(path, entries, 8 + header_bytes, file_bytes)
     return entries
 
@@ -105,7 +107,9 @@ def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, f
     end = data_start
     for entry in sorted(entries.values(), key=lambda entry: (entry.start, entry.num_bytes)):
         if entry.start != end:
-            raise InputError(f"{path}: tensor {entry.name!r} {'overlaps the one before' if entry.start < end else 'leaves a hole before it'}")
+            raise InputError(
+                f"{path}: tensor {entry.name!r} {'overlaps the one before' if entry.start < end else 'leaves a hole before it'}"
+            )
         end = entry.start + entry.num_bytes
     if end != file_bytes:
         raise InputError(f"{path}: {file_bytes - end:,} bytes after the last tensor")

@@ -28,9 +28,9 @@ def family_of(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Fa
     """The family that reads `hf_config`, by its `model_type`. Raises InputError, also for a config that wants code run."""
     for key in ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines"):
         if hf_config.get(key):
-            raise InputError(f"{where}: {key!r} asks to run code that comes with the model; refused, remove the key if the model works without")
+            raise InputError(f"{where}: {key!r} asks to run code that comes with the model; refused (remove the key if it works without)")
     if hf_config.get("quantization_config"):
-        raise InputError(f"{where}: quantised weights (quantization_config) cannot be read yet; take the unquantised model or a GGUF file")
+        raise InputError(f"{where}: quantization_config: such weights cannot be read yet; take the unquantised model or a GGUF file")
     model_type = hf_config.get("model_type")
     for family in FAMILIES.values():
         if model_type in family.model_types:

@@ -111,7 +111,9 @@ class Family:
         if left:
             raise LookupError(f"the family {self.name!r} has no name for {', '.join(left[:5])}")
 
-    def write_config(self, config: ModelConfig, *, dtype: str, bos_id: int | None, eos_ids: Sequence[int], pad_id: int | None) -> dict[str, Any]:
+    def write_config(
+        self, config: ModelConfig, *, dtype: str, bos_id: int | None, eos_ids: Sequence[int], pad_id: int | None
+    ) -> dict[str, Any]:
         """The whole of config.json, as transformers 5 writes it. `dtype` is "float32" or "bfloat16"."""
         return {
             "architectures": [self.architecture],

@@ -82,11 +82,7 @@ LLAMA_RULES = (
     Rule(f"{_T}.self_attn.q_norm.weight", (f"{_L}.attn.q_norm.weight",)),
     Rule(f"{_T}.self_attn.k_norm.weight", (f"{_L}.attn.k_norm.weight",)),
     Rule(f"{_T}.post_attention_layernorm.weight", (f"{_L}.mlp_norm.weight",)),
-    *(
-        Rule(f"{_T}.mlp.{ours}_proj.{part}", (f"{_L}.mlp.{ours}.{part}",))
-        for ours in ("gate", "up", "down")
-        for part in ("weight", "bias")
-    ),
+    *(Rule(f"{_T}.mlp.{ours}_proj.{part}", (f"{_L}.mlp.{ours}.{part}",)) for ours in ("gate", "up", "down") for part in ("weight", "bias")),
     Rule("model.norm.weight", ("final_norm.weight",)),
     Rule("lm_head.weight", ("head.weight",)),
 )

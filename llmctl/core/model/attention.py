@@ -73,14 +73,12 @@ def _attend_documents(
 ) -> Tensor:
     """One call a document: quadratic in a document's length, not in the row's, and with a backward on every device."""
     batch, heads, num_tokens, size = q.shape
-    for row, lengths in enumerate(document_lengths):
-        if sum(lengths) != num_tokens:
-            raise ValueError(f"row {row}: documents of {sum(lengths)} tokens in all do not fill {num_tokens}")
     lengths = [length for row in document_lengths for length in row if length]
 
     # split's backward is one concatenation; the backward of a slice would make a full-size tensor for every document
     def documents(x: Tensor) -> tuple[Tensor, ...]:
-        return x.transpose(1, 2).reshape(1, batch * num_tokens, x.shape[1], size).transpose(1, 2).split(lengths, dim=2)
+        flat = x.transpose(1, 2).reshape(1, batch * num_tokens, x.shape[1], size)  # (1, B*T, H, D)
+        return torch.split(flat.transpose(1, 2), lengths, dim=2)
 
     outputs = [
         attend(q_doc, k_doc, v_doc, Pattern(), scale=scale, window=window, softcap=softcap)

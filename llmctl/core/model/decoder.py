@@ -111,7 +111,9 @@ class Attention(nn.Module):
         self.q_norm = Norm(config.head_dim, config, rms=True) if config.qk_norm else None
         self.k_norm = Norm(config.head_dim, config, rms=True) if config.qk_norm else None
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         batch, num_tokens, _ = x.shape
         q = self.q(x).view(batch, num_tokens, -1, self._head_dim)  # (B, T, H, D)
@@ -125,7 +127,8 @@ class Attention(nn.Module):
         if cache is not None and place is not None:
             k, v = cache.write(self._layer, place, k, v)  # (B, Hkv, K, D)
         out = attend(q, k, v, pattern, scale=self._scale, window=self._window, softcap=self._softcap)
-        return self.o(out.transpose(1, 2).reshape(batch, num_tokens, -1))
+        result: Tensor = self.o(out.transpose(1, 2).reshape(batch, num_tokens, -1))
+        return result
 
 
 class Mlp(nn.Module):
@@ -140,9 +143,9 @@ class Mlp(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
-        if self.gate is None:
-            return self.down(self._activation(self.up(x)))
-        return self.down(self._activation(self.gate(x)) * self.up(x))
+        inner = self._activation(self.up(x)) if self.gate is None else self._activation(self.gate(x)) * self.up(x)
+        result: Tensor = self.down(inner)
+        return result
 
 
 class Layer(nn.Module):
@@ -156,7 +159,9 @@ class Layer(nn.Module):
         self.mlp_norm = Norm(config.hidden_size, config)
         self.mlp = Mlp(config)
 
-    def forward(self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C)."""
         x = self._add(x, self.attn(self.attn_norm(x), angles, pattern, cache, place))
         return self._add(x, self.mlp(self.mlp_norm(x)))
@@ -264,7 +269,8 @@ class Decoder(nn.Module):
         if cache is not None and slots is not None:
             last = positions.amax(dim=1)
             cache.lengths[slots] = torch.where(last >= 0, last + 1, cache.lengths[slots])
-        return self.final_norm(x)
+        result: Tensor = self.final_norm(x)
+        return result
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., V), of `hidden` (..., C)."""
@@ -292,4 +298,7 @@ def _counted(num_tokens: int, document_lengths: Sequence[Sequence[int]] | None) 
     """Positions (1 or B, T) that count from 0 in each row or document."""
     if document_lengths is None:
         return torch.arange(num_tokens)[None]
+    for row, lengths in enumerate(document_lengths):
+        if sum(lengths) != num_tokens:
+            raise ValueError(f"row {row}: documents of {sum(lengths)} tokens in all do not fill {num_tokens}")
     return torch.stack([torch.cat([torch.arange(length) for length in lengths]) for lengths in document_lengths])

@@ -4,6 +4,8 @@ The width follows the depth at a fixed aspect, as in nanochat (https://github.co
 ratio of width to depth varies little with size (Kaplan et al. 2020, section 3.2).
 """
 
+from typing import Any
+
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import UsageError
 
@@ -25,7 +27,7 @@ def shape_for_depth(depth: int, vocab_size: int, max_positions: int, family: str
         raise UsageError(f"--depth: {depth} is out of range; it must be at least 1")
     width = WIDTH_PER_LAYER * depth
     heads = width // HEAD_DIM
-    common = {"vocab_size": vocab_size, "hidden_size": width, "num_layers": depth, "num_heads": heads, "head_dim": HEAD_DIM}
+    common: dict[str, Any] = {"vocab_size": vocab_size, "hidden_size": width, "num_layers": depth, "num_heads": heads, "head_dim": HEAD_DIM}
     if family == "gpt2":
         return ModelConfig(
             **common,
