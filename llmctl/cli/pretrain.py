@@ -1,0 +1,55 @@
+"""`llmctl pretrain`: draws the events of core.train."""
+
+from dataclasses import replace
+from typing import Any
+
+import typer
+
+from llmctl.cli.options import add_command
+from llmctl.cli.shell import Shell
+from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig
+
+_HELP = """Train a model from token shards.
+
+Packed text goes in (see `llmctl tokenize pack`), a run folder comes out: checkpoints that are Hugging Face model
+directories, metrics.jsonl and status.json. A run stopped in any way goes on with --resume, bit for bit."""
+_BUDGETS = ("max_steps", "max_tokens", "epochs", "max_time")
+_SOURCES = ("depth", "model_config", "model")
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    add_command(app, name="pretrain", command="pretrain", config=PretrainConfig, run=run, help=_HELP)
+
+
+def run(config: PretrainConfig, shell: Shell) -> None:
+    """Run the command."""
+    from llmctl.cli.signals import stop_flag
+    from llmctl.cli.training_view import draw
+
+    config = with_stored(config, shell)
+    with stop_flag() as stop:
+        from llmctl.core.train.pretrain import train
+
+        draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, log_every=config.log_every)
+
+
+def with_stored(config: Any, shell: Shell) -> Any:
+    """On a resume, the settings of the run stand in for those that were not given."""
+    from llmctl.core.config.stored import overlay
+    from llmctl.core.runlog import CONFIG_NAME
+
+    if config.out_dir is None and config.resume_from is not None:
+        config = replace(config, out_dir=config.resume_from.parent)
+    if not (config.resume or config.auto_resume or config.resume_from is not None) or config.out_dir is None:
+        return config
+    file = config.out_dir / CONFIG_NAME
+    if not file.is_file():
+        return config
+    origins = {**shell.origins, "out_dir": "flag"}
+    given = {name for name, origin in origins.items() if origin != "default"}
+    keep = {*RESUME_ONLY, "threads", "device"}
+    for group in (_BUDGETS, _SOURCES):
+        if given & set(group):
+            keep |= set(group)
+    return overlay(config, file, origins=origins, keep=keep)

@@ -1,0 +1,192 @@
+"""Draws the events of training: live on a terminal, a line each log interval elsewhere, JSON lines with --json."""
+
+import json
+import math
+from collections.abc import Iterable
+from dataclasses import asdict
+from typing import Any
+
+from llmctl.cli.shell import Shell
+from llmctl.cli.streams import out
+from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Planned, Resumed, SampleDrawn, StepDone, Warned
+
+
+def draw(events: Iterable[Event], shell: Shell, *, log_every: int) -> None:
+    """Drain `events`, showing each as `shell` wants it."""
+    view = _LiveView(shell) if shell.live else _LineView(shell, log_every)
+    with view:
+        for event in events:
+            if shell.json:
+                out.line(json.dumps(_plain({"event": type(event).__name__, **asdict(event)}), ensure_ascii=False))
+            if isinstance(event, Warned):
+                view.warn(event.message)
+            else:
+                view.show(event)
+
+
+def _plain(line: dict[str, Any]) -> dict[str, Any]:
+    """JSON knows no NaN and no infinity."""
+    return {k: None if isinstance(v, float) and not math.isfinite(v) else v for k, v in line.items()}
+
+
+def plan_lines(plan: Planned) -> list[str]:
+    """The plan as text, before the first step."""
+    return [
+        f"model      {plan.family}, {plan.num_layers} layers x {plan.hidden_size}, vocabulary {plan.vocab_size:,}: {plan.num_parameters:,} parameters",
+        f"data       {plan.data_tokens:,} tokens; {plan.num_tokens:,} will be seen, {plan.epochs:.2f} epochs",
+        f"steps      {plan.num_steps:,} of {plan.batch_tokens:,} tokens ({plan.batch_size} x {plan.seq_len}, in micro-batches of"
+        f" {plan.micro_batch_size}), warm-up {plan.warmup_steps}",
+        f"every      evaluation {_every(plan.eval_every)}, checkpoint {_every(plan.save_every)}, sample {_every(plan.sample_every, 'never')}",
+        f"work       {si(plan.flops_per_token)}FLOP a token, {si(plan.total_flops)}FLOP in all",
+        f"machine    {plan.device}, {plan.threads} threads, {plan.dtype}, matmul peak {si(plan.matmul_peak_flops)}FLOP/s",
+        f"needs      about {num_bytes(plan.memory_bytes)} of memory beside torch, {num_bytes(plan.checkpoint_bytes)} a checkpoint",
+        f"time       about {duration(plan.estimated_s)} (at half the matmul peak)",
+        f"run        {plan.run_dir}, seed {plan.seed}",
+    ]
+
+
+def _every(steps: int, zero: str = "at the end") -> str:
+    return f"{steps:,} steps" if steps else zero
+
+
+def step_line(done: StepDone, num_steps: int) -> str:
+    """One step as a line."""
+    skipped = "  SKIPPED: not finite" if done.skipped else ""
+    return (
+        f"step {done.step:>{len(str(num_steps))}}/{num_steps}  loss {done.loss:.4f}  lr {done.learning_rate:.2e}  grad {done.grad_norm:.2f}"
+        f"  {done.tokens_per_second:,.0f} tok/s  {done.peak_share:.0%} of peak  {duration(done.elapsed_s)} + {duration(done.eta_s)}{skipped}"
+    )
+
+
+def eval_line(done: EvalDone) -> str:
+    """An evaluation as a line."""
+    bits = f", {done.bits_per_byte:.4f} bits/byte" if done.bits_per_byte is not None else ""
+    return f"step {done.step}  held-out loss {done.loss:.4f}{bits}  ({done.num_tokens:,} tokens, {done.elapsed_s:.1f} s)"
+
+
+def other_line(event: Event) -> str | None:
+    """Everything else that is worth a line."""
+    if isinstance(event, Resumed):
+        return f"going on from step {event.step} of {event.num_steps} ({event.path})"
+    if isinstance(event, EvalDone):
+        return eval_line(event)
+    if isinstance(event, CheckpointSaved):
+        return f"step {event.step}  saved {event.path} ({num_bytes(event.num_bytes)}, {event.elapsed_s:.1f} s)"
+    if isinstance(event, SampleDrawn):
+        return f"step {event.step}  sample: {' '.join(event.text.split())}"
+    if isinstance(event, Finished):
+        val = f", held-out loss {event.val_loss:.4f}" if event.val_loss is not None else ""
+        bits = f" = {event.val_bits_per_byte:.4f} bits/byte" if event.val_bits_per_byte is not None else ""
+        return f"done: {event.step} steps, {event.tokens_seen:,} tokens in {duration(event.elapsed_s)}{val}{bits}; the model is {event.path}"
+    return None
+
+
+class _LineView:
+    """Lines on stderr; for logs, pipes and dumb terminals."""
+
+    def __init__(self, shell: Shell, log_every: int) -> None:
+        self._shell, self._log_every, self._num_steps = shell, log_every, 0
+
+    def __enter__(self) -> "_LineView":
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        pass
+
+    def warn(self, message: str) -> None:
+        """A warning."""
+        self._shell.warn(message)
+
+    def show(self, event: Event) -> None:
+        """Any other event."""
+        if isinstance(event, Planned):
+            self._num_steps = event.num_steps
+            for line in plan_lines(event):
+                self._shell.note(line)
+        elif isinstance(event, StepDone):
+            if event.step % self._log_every == 0 or event.step in (1, self._num_steps) or event.skipped:
+                self._shell.note(step_line(event, self._num_steps))
+        elif line := other_line(event):
+            self._shell.note(line)
+
+
+class _LiveView:
+    """A bar and the latest numbers at the foot of the terminal; what lasts scrolls by above it."""
+
+    def __init__(self, shell: Shell) -> None:
+        from rich.live import Live
+        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+        self._shell = shell
+        self._console = shell.console()
+        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self._console)
+        self._task = self._bar.add_task("training", total=None)
+        self._live = Live(console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False, redirect_stderr=False)
+        self._numbers = self._held_out = self._sample = ""
+
+    def __enter__(self) -> "_LiveView":
+        self._live.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._live.stop()
+
+    def warn(self, message: str) -> None:
+        """A warning, above the bar."""
+        self._live.stop()
+        self._shell.warn(message)
+        self._live.start()
+
+    def show(self, event: Event) -> None:
+        """Any other event."""
+        from rich.console import Group
+        from rich.text import Text
+
+        if isinstance(event, Planned):
+            self._bar.update(self._task, total=event.num_steps)
+            for line in plan_lines(event):
+                self._console.print(Text(line))
+        elif isinstance(event, StepDone):
+            self._bar.update(self._task, completed=event.step)
+            self._numbers = (
+                f"loss {event.loss:.4f}   lr {event.learning_rate:.2e}   grad {event.grad_norm:.2f}   {event.tokens_per_second:,.0f} tok/s"
+                f"   {event.peak_share:.0%} of peak   {duration(event.elapsed_s)} gone, {duration(event.eta_s)} to go"
+            )
+        elif isinstance(event, Resumed):
+            self._bar.update(self._task, completed=event.step)
+        if isinstance(event, EvalDone):
+            self._held_out = eval_line(event)
+        elif isinstance(event, SampleDrawn):
+            self._sample = " ".join(event.text.split())
+        if isinstance(event, EvalDone | SampleDrawn | Resumed | Finished):
+            self._console.print(Text(other_line(event) or ""))
+        lines = [Text(t, overflow="ellipsis", no_wrap=True) for t in (self._numbers, self._held_out) if t]
+        self._live.update(Group(self._bar, *lines, *([Text(self._sample, style="dim")] if self._sample else [])))
+
+
+def si(number: float) -> str:
+    """1.5e9 as "1.50 G"."""
+    for prefix in ("", "k", "M", "G", "T", "P", "E"):
+        if abs(number) < 1000:
+            return f"{number:.3g} {prefix}"
+        number /= 1000
+    return f"{number:.3g} Z"
+
+
+def num_bytes(number: float) -> str:
+    """A count of bytes for people."""
+    return f"{si(number)}B"
+
+
+def duration(seconds: float) -> str:
+    """Seconds for people: 45s, 12m30s, 3h05m, 2d04h."""
+    if not math.isfinite(seconds):
+        return "?"
+    whole = round(seconds)
+    if whole < 60:
+        return f"{whole}s"
+    if whole < 3600:
+        return f"{whole // 60}m{whole % 60:02}s"
+    if whole < 86400:
+        return f"{whole // 3600}h{whole % 3600 // 60:02}m"
+    return f"{whole // 86400}d{whole % 86400 // 3600:02}h"

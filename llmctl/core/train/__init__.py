@@ -1,0 +1,1 @@
+"""Training. Knows the decoder, data and checkpoints; knows no command."""

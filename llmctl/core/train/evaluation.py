@@ -1,0 +1,79 @@
+"""Loss on held-out data while a model trains. Knows a decoder and a source of samples; knows no loop.
+
+Shapes: B rows, T tokens a row.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from llmctl.core.data.loader import IGNORE, SampleSource, batch_at
+from llmctl.core.model import Decoder
+from llmctl.core.train.objectives import token_losses
+
+
+@dataclass(frozen=True)
+class HeldOut:
+    """What to evaluate on. `token_bytes` (V,) gives the bytes of text of each id, for bits per byte; None leaves that out."""
+
+    source: SampleSource
+    batch_size: int
+    token_bytes: Tensor | None = None
+
+
+@dataclass(frozen=True)
+class HeldOutLoss:
+    """Mean loss in nats a token, bits a byte (None without byte counts), and what was counted."""
+
+    loss: float
+    bits_per_byte: float | None
+    num_tokens: int
+    num_bytes: int | None
+    elapsed_s: float
+
+
+class Stopped(Exception):
+    """A stop signal came during an evaluation."""
+
+
+@torch.no_grad()
+def evaluate(model: Decoder, held_out: HeldOut, *, max_tokens: int, stop: Callable[[], int | None]) -> HeldOutLoss:
+    """Evaluate on whole samples from the first on, until all are done or `max_tokens` are reached (one sample at least).
+
+    Sums are float64. Raises Stopped when `stop` gives a signal between batches.
+    """
+    started = time.perf_counter()
+    total, num_tokens, num_bytes = 0.0, 0, 0
+    for first, rows in _spans(held_out, max_tokens):
+        if stop() is not None:
+            raise Stopped
+        batch = batch_at(held_out.source, first, rows)
+        targets = batch.targets.to(model.device)
+        hidden = model.hidden(batch.tokens.to(model.device), document_lengths=batch.document_lengths)
+        total += float(token_losses(model, hidden, targets).double().sum())
+        counted = batch.targets[batch.targets != IGNORE]
+        num_tokens += counted.numel()
+        if held_out.token_bytes is not None:
+            num_bytes += int(held_out.token_bytes[counted].sum())
+    bits = total / math.log(2) / num_bytes if num_bytes else None
+    return HeldOutLoss(
+        total / max(1, num_tokens),
+        bits,
+        num_tokens,
+        num_bytes if held_out.token_bytes is not None else None,
+        time.perf_counter() - started,
+    )
+
+
+def _spans(held_out: HeldOut, max_tokens: int) -> Iterator[tuple[int, int]]:
+    """(first sample, rows) of each batch."""
+    num_samples = held_out.source.samples_per_epoch
+    if num_samples is None:
+        raise ValueError("a held-out source has an end")
+    num_samples = min(num_samples, max(1, max_tokens // held_out.source.seq_len))
+    for first in range(0, num_samples, held_out.batch_size):
+        yield first, min(held_out.batch_size, num_samples - first)

@@ -1,0 +1,125 @@
+"""What training tells: frozen events of plain numbers. Knows no tensor and draws nothing."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """What is about to be done, before the first step. Memory and time are estimates; the rest is exact."""
+
+    num_parameters: int
+    num_layers: int
+    hidden_size: int
+    vocab_size: int
+    family: str
+    data_tokens: int
+    num_steps: int
+    batch_tokens: int
+    num_tokens: int
+    epochs: float
+    flops_per_token: float
+    total_flops: float
+    memory_bytes: int
+    checkpoint_bytes: int
+    matmul_peak_flops: float
+    """FLOP/s of a large matrix product in the training dtype, measured just now."""
+    estimated_s: float
+    seq_len: int
+    batch_size: int
+    micro_batch_size: int
+    warmup_steps: int
+    eval_every: int
+    save_every: int
+    sample_every: int
+    dtype: str
+    device: str
+    threads: int
+    seed: int
+    run_dir: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Resumed:
+    """Training goes on from a checkpoint."""
+
+    step: int
+    num_steps: int
+    tokens_seen: int
+    path: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class StepDone:
+    """One optimizer step. `loss` is the mean over the step's tokens, in nats, before the step's update."""
+
+    step: int
+    loss: float
+    learning_rate: float
+    grad_norm: float
+    num_tokens: int
+    """Tokens with a loss in this step."""
+    tokens_seen: int
+    first_sample: int
+    num_samples: int
+    skipped: bool
+    step_s: float
+    tokens_per_second: float
+    peak_share: float
+    """FLOP/s of the model's arithmetic, as a part of the measured matmul peak."""
+    elapsed_s: float
+    eta_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvalDone:
+    """Loss on held-out data: nats a token, and bits a byte of the text (None when the bytes are not known)."""
+
+    step: int
+    loss: float
+    bits_per_byte: float | None
+    num_tokens: int
+    num_bytes: int | None
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class SampleDrawn:
+    """A text that the model in training wrote; it begins with `prompt`."""
+
+    step: int
+    prompt: str
+    text: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class CheckpointSaved:
+    """A checkpoint is complete on disk."""
+
+    step: int
+    path: str
+    num_bytes: int
+    elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Warned:
+    """Something a person should know; training goes on."""
+
+    message: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Finished:
+    """The budget is spent; the last checkpoint is `path`."""
+
+    step: int
+    tokens_seen: int
+    loss: float | None
+    val_loss: float | None
+    val_bits_per_byte: float | None
+    skipped_steps: int
+    elapsed_s: float
+    path: str
+
+
+Event = Planned | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Warned | Finished

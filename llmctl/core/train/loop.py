@@ -1,0 +1,405 @@
+"""The one training loop: steps, evaluations, samples and checkpoints, as a stream of events. Knows no command.
+
+Pre-training and fine-tuning hand it a TrainJob; what differs between them is the source of samples, the objective and
+how a model directory is written and read.
+"""
+
+import math
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmctl.core.data.loader import Batch, SampleSource, prefetch
+from llmctl.core.errors import Interrupted, LlmctlError, NonFiniteError, WriteError
+from llmctl.core.model import Decoder
+from llmctl.core.runlog import RunFolder
+from llmctl.core.train import state as checkpoints
+from llmctl.core.train.evaluation import HeldOut, Stopped, evaluate
+from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Resumed, SampleDrawn, StepDone, Warned
+from llmctl.core.train.machine import synchronize
+from llmctl.core.train.objectives import Objective
+from llmctl.core.train.optim import MasterOptimizer, OptimConfig
+from llmctl.core.train.schedule import Schedule, lr_scale
+
+_FULL_DISK_PAUSE_S = 5.0
+_POLL_S = 0.2
+
+Stop = Callable[[], int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often the loop does what. 0 for an interval means "at the end only" (samples: never)."""
+
+    batch_size: int
+    """Samples in an optimizer step, over all micro-batches and ranks."""
+    micro_batch_size: int
+    log_every: int = 10
+    eval_every: int = 0
+    eval_tokens: int = 65_536
+    final_eval_tokens: int = 4_194_304
+    save_every: int = 0
+    sample_every: int = 0
+    keep_last: int = 2
+    nonfinite_skips: int = 0
+    on_full: Literal["fail", "wait"] = "fail"
+
+
+@dataclass(kw_only=True)
+class TrainJob:
+    """Everything a run of the loop needs, live. The run folder is entered and locked by the caller, who also closes it."""
+
+    run: RunFolder
+    model: Decoder
+    source: SampleSource
+    objective: Objective
+    optim: OptimConfig
+    schedule: Schedule
+    loop: LoopConfig
+    compute_dtype: torch.dtype
+    device: torch.device
+    write_model: Callable[[Path, Mapping[str, Tensor]], None]
+    """Writes a model directory from float32 tensors by decoder name: masters of what is trained, the rest as it is."""
+    read_model: Callable[[Path], Mapping[str, Tensor]]
+    """Reads back, by decoder name, at least what is trained."""
+    settings: dict[str, Any]
+    """What shapes the course of the run; a resume with other values is refused unless allowed."""
+    identity: dict[str, Any]
+    """What the run is about (data, tokenizer, architecture); a resume with others is refused."""
+    resume_command: str
+    hidden_matrices: tuple[str, ...] = ()
+    """Names of the parameters for Muon."""
+    held_out: HeldOut | None = None
+    sample: Callable[[Decoder, int], tuple[str, str]] | None = None
+    """Gives (prompt, text) from the model as it is at a step."""
+    resume: checkpoints.Checkpoint | None = None
+    allow_change: tuple[str, ...] = ()
+    flops_per_token: float = 0.0
+    matmul_peak: float = math.inf
+    threads: int = field(default_factory=torch.get_num_threads)
+    master_dtype: torch.dtype = torch.float32
+
+
+class Trainer:
+    """The state of a run between events. `events` is the loop."""
+
+    def __init__(self, job: TrainJob) -> None:
+        self.job = job
+        self.optimizer = MasterOptimizer(
+            job.model,
+            job.optim,
+            hidden_matrices=job.hidden_matrices,
+            compute_dtype=job.compute_dtype,
+            master_dtype=job.master_dtype,
+        )
+        self.step = 0
+        self.tokens_seen = 0
+        self.skipped_steps = 0
+        self._elapsed_before_s = 0.0
+        self._started = time.perf_counter()
+        self._saved_step: int | None = None
+        self._last_loss: float | None = None
+        self._last_eval: EvalDone | None = None
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """About what one checkpoint takes on disk."""
+        tensors = [*self.optimizer.masters.values(), *self.optimizer.state_tensors().values()]
+        trained = set(self.optimizer.masters)
+        frozen = [p for n, p in self.job.model.named_parameters() if n not in trained]
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + (4 << 20)
+
+    @property
+    def elapsed_s(self) -> float:
+        """Seconds of training, those before a resume included."""
+        return self._elapsed_before_s + time.perf_counter() - self._started
+
+    def time_steps(self, count: int = 3) -> float:
+        """Seconds a step takes, the least of `count` after one to warm up, with the state left as it was before.
+
+        The steps are taken at a learning rate of 0 and the optimizer's state is cleared after them.
+        """
+        job = self.job
+        best = math.inf
+        for number in range(count + 1):
+            with prefetch(job.source, first_index=0, num_rows=job.loop.batch_size, count=1) as batches:
+                batch = next(batches)
+            started = time.perf_counter()
+            self._accumulate(batch, lambda: None)
+            self.optimizer.clip()
+            self.optimizer.step(lr_scale=0.0)
+            synchronize(job.device)
+            if number:
+                best = min(best, time.perf_counter() - started)
+        self.optimizer.forget()
+        return best
+
+    def events(self, stop: Stop, save_requested: Callable[[], bool]) -> Iterator[Event]:
+        """Train to the end of the budget. Raises Interrupted, NonFiniteError, WriteError, InputError; state is kept in the folder."""
+        job = self.job
+        try:
+            yield from self._resume()
+            self._status("running")
+            yield from self._train(stop, save_requested)
+        except Interrupted as error:
+            self._status("interrupted", str(error))
+            raise
+        except GeneratorExit:
+            self._status("interrupted", "the program that reads the events went away")
+            raise
+        except BaseException as error:
+            self._status("failed", f"{type(error).__name__}: {error}")
+            raise
+        finally:
+            job.run.metrics.close()
+
+    def _status(self, name: Literal["running", "interrupted", "failed", "done"], message: str | None = None) -> None:
+        try:
+            self.job.run.set_status(name, step=self.step, num_steps=self.job.schedule.num_steps, message=message)
+        except LlmctlError:
+            if name == "running":
+                raise  # a folder that cannot hold a status cannot hold a checkpoint either
+
+    def _resume(self) -> Iterator[Event]:
+        job = self.job
+        if job.resume is None:
+            job.run.metrics.truncate_after(-1)
+            return
+        saved = job.resume.state
+        optimizer = checkpoints.load_tensors(job.resume.path / "trainer" / "optimizer.safetensors")
+        weights = job.read_model(job.resume.path)
+        self.optimizer.load(
+            weights={n: weights[n] for n in self.optimizer.masters if n in weights},
+            state=optimizer,
+            num_updates=saved.num_updates,
+            where=str(job.resume.path),
+        )
+        checkpoints.restore_rng(job.resume.path)
+        self.step, self.tokens_seen, self.skipped_steps = saved.step, saved.tokens_seen, saved.skipped_steps
+        self._elapsed_before_s = saved.elapsed_s
+        self._saved_step = saved.step
+        job.run.metrics.truncate_after(saved.step)
+        for place in checkpoints.set_aside_after(job.run.path, saved.step):
+            yield Warned(message=f"a checkpoint beyond step {saved.step} is set aside as {place}; delete it when you do not need it")
+        yield Resumed(step=saved.step, num_steps=job.schedule.num_steps, tokens_seen=saved.tokens_seen, path=str(job.resume.path))
+
+    def _train(self, stop: Stop, save_requested: Callable[[], bool]) -> Iterator[Event]:
+        job, loop, num_steps = self.job, self.job.loop, self.job.schedule.num_steps
+        if job.resume is not None and _due(self.step, loop.eval_every) and self.step < num_steps and not self._logged("eval"):
+            yield from self._evaluate(stop)  # the run was killed between saving and evaluating
+        first = self.step * loop.batch_size
+        with prefetch(job.source, first_index=first, num_rows=loop.batch_size, count=max(0, num_steps - self.step)) as batches:
+            while self.step < num_steps:
+                yield from self._stop_if_asked(stop)
+                done = self._one_step(batches, stop)
+                if done is None:
+                    continue  # a signal came in the middle of the step, which is as if it had not begun
+                yield done
+                if trouble := job.run.metrics.take_trouble():
+                    yield Warned(message=trouble)
+                last = self.step == num_steps
+                if save_requested() or (_due(self.step, loop.save_every) and not last):
+                    yield from self._save(stop)
+                if _due(self.step, loop.eval_every) and not last:
+                    yield from self._evaluate(stop)
+                if _due(self.step, loop.sample_every) and not last:
+                    yield from self._sample()
+        if self._saved_step != self.step:
+            yield from self._save(stop)
+        yield from self._evaluate(stop, final=True)
+        if loop.sample_every:
+            yield from self._sample()
+        self._status("done")
+        yield Finished(
+            step=self.step,
+            tokens_seen=self.tokens_seen,
+            loss=self._last_loss,
+            val_loss=self._last_eval.loss if self._last_eval else None,
+            val_bits_per_byte=self._last_eval.bits_per_byte if self._last_eval else None,
+            skipped_steps=self.skipped_steps,
+            elapsed_s=self.elapsed_s,
+            path=str(checkpoints.step_folder(job.run.path, self.step)),
+        )
+
+    def _stop_if_asked(self, stop: Stop) -> Iterator[Event]:
+        number = stop()
+        if number is None:
+            return
+        if self._saved_step != self.step:
+            yield from self._save(stop)
+        raise Interrupted(f"stopped at step {self.step}, which is saved; go on with: {self.job.resume_command}", signal_number=number)
+
+    def _one_step(self, batches: Iterator[Batch], stop: Stop) -> StepDone | None:
+        job, started = self.job, time.perf_counter()
+        batch = next(batches)
+        accumulated = self._accumulate(batch, stop)
+        if accumulated is None:
+            return None
+        loss_tensor, num_tokens = accumulated
+        norm = float(self.optimizer.clip())
+        loss = float(loss_tensor)
+        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+        scale = lr_scale(self.step, job.schedule)
+        if skipped:
+            self._allow_skip(loss, norm)
+        else:
+            self.optimizer.step(lr_scale=scale)
+        first_sample = self.step * job.loop.batch_size
+        self.step += 1
+        self.tokens_seen += batch.tokens.numel()
+        self._last_loss = loss
+        step_s = time.perf_counter() - started
+        speed = batch.tokens.numel() / step_s
+        done = StepDone(
+            step=self.step,
+            loss=loss,
+            learning_rate=job.optim.learning_rate * scale,
+            grad_norm=norm,
+            num_tokens=num_tokens,
+            tokens_seen=self.tokens_seen,
+            first_sample=first_sample,
+            num_samples=job.loop.batch_size,
+            skipped=skipped,
+            step_s=step_s,
+            tokens_per_second=speed,
+            peak_share=speed * job.flops_per_token / job.matmul_peak,
+            elapsed_s=self.elapsed_s,
+            eta_s=(job.schedule.num_steps - self.step) * self.elapsed_s / self.step,
+        )
+        line = {k: v for k, v in asdict(done).items() if k != "eta_s"}
+        job.run.metrics.append({"kind": "step", **line})
+        return done
+
+    def _accumulate(self, batch: Batch, stop: Stop) -> tuple[Tensor, int] | None:
+        """Gradients of the mean loss over the batch, micro-batch after micro-batch; None when a signal came in between.
+
+        Each token's loss is divided by the count of the whole batch, so the split changes the result by rounding only.
+        """
+        job, size = self.job, self.job.loop.micro_batch_size
+        rows = batch.tokens.size(0)
+        parts = [_rows_of(batch, start, min(rows, start + size), job.device) for start in range(0, rows, size)]
+        total_weight = sum(job.objective.weight_of(part) for part in parts)
+        self.optimizer.zero_gradients()
+        loss: Tensor | None = None
+        for part in parts:
+            if stop() is not None:
+                return None
+            part_loss = job.objective.loss(job.model, part, total_weight=max(1.0, total_weight))
+            part_loss.backward()
+            self.optimizer.collect()
+            loss = part_loss.detach() if loss is None else loss + part_loss.detach()
+        assert loss is not None
+        return loss, int(total_weight)
+
+    def _allow_skip(self, loss: float, norm: float) -> None:
+        what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
+        allowed = self.job.loop.nonfinite_skips
+        if self.skipped_steps < allowed:
+            self.skipped_steps += 1
+            return
+        kept = f"the last checkpoint is step {self._saved_step}" if self._saved_step is not None else "no checkpoint was saved yet"
+        spent = f" after {self.skipped_steps} skipped steps" if allowed else ""
+        raise NonFiniteError(
+            f"step {self.step + 1}: {what} is not finite{spent}; the last good step is {self.step}, {kept};"
+            " lower --learning-rate, look at the data, or allow some by --nonfinite skip:K"
+        )
+
+    def _save(self, stop: Stop) -> Iterator[Event]:
+        job, started = self.job, time.perf_counter()
+        job.run.metrics.sync()
+        state = checkpoints.TrainerState(
+            step=self.step,
+            num_steps=job.schedule.num_steps,
+            warmup_steps=job.schedule.warmup_steps,
+            num_updates=self.optimizer.num_updates,
+            tokens_seen=self.tokens_seen,
+            skipped_steps=self.skipped_steps,
+            elapsed_s=self.elapsed_s,
+            settings=job.settings,
+            identity=job.identity,
+            threads=job.threads,
+            machine=checkpoints.machine(),
+        )
+        tensors = {**job.model.state_dict(), **self.optimizer.masters}
+        while True:
+            try:
+                path, num_bytes = checkpoints.save_checkpoint(
+                    job.run.path,
+                    state,
+                    write_model=lambda folder: job.write_model(folder, tensors),
+                    optimizer=self.optimizer.state_tensors(),
+                    expected_bytes=self.checkpoint_bytes,
+                )
+                break
+            except WriteError as error:
+                if job.loop.on_full != "wait" or stop() is not None:
+                    raise
+                yield Warned(message=f"{error}; waiting for room")
+                _wait(_FULL_DISK_PAUSE_S, stop)
+        self._saved_step = self.step
+        checkpoints.prune(job.run.path, keep_last=job.loop.keep_last)
+        self._status("running")
+        yield CheckpointSaved(step=self.step, path=str(path), num_bytes=num_bytes, elapsed_s=time.perf_counter() - started)
+
+    def _evaluate(self, stop: Stop, *, final: bool = False) -> Iterator[Event]:
+        job = self.job
+        if job.held_out is None:
+            return
+        max_tokens = job.loop.final_eval_tokens if final else job.loop.eval_tokens
+        try:
+            result = evaluate(job.model, job.held_out, max_tokens=max_tokens, stop=stop)
+        except Stopped:
+            yield from self._stop_if_asked(stop)
+            return
+        done = EvalDone(
+            step=self.step,
+            loss=result.loss,
+            bits_per_byte=result.bits_per_byte,
+            num_tokens=result.num_tokens,
+            num_bytes=result.num_bytes,
+            elapsed_s=result.elapsed_s,
+        )
+        self._last_eval = done
+        job.run.metrics.append({"kind": "eval", **asdict(done)})
+        yield done
+
+    def _sample(self) -> Iterator[Event]:
+        job = self.job
+        if job.sample is None:
+            return
+        try:
+            prompt, text = job.sample(job.model, self.step)
+        except LlmctlError as error:
+            yield Warned(message=f"no sample text: {error}")
+            return
+        done = SampleDrawn(step=self.step, prompt=prompt, text=text)
+        job.run.metrics.append({"kind": "sample", **asdict(done)})
+        yield done
+
+    def _logged(self, kind: str) -> bool:
+        return any(line.get("kind") == kind and line["step"] == self.step for line in self.job.run.metrics.lines())
+
+
+def run_loop(job: TrainJob, *, stop: Stop, save_requested: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """Train `job` from where it stands; see Trainer.events."""
+    yield from Trainer(job).events(stop, save_requested)
+
+
+def _due(step: int, every: int) -> bool:
+    return every > 0 and step % every == 0
+
+
+def _rows_of(batch: Batch, start: int, end: int, device: torch.device) -> Batch:
+    lengths = batch.document_lengths[start:end] if batch.document_lengths is not None else None
+    return Batch(batch.tokens[start:end].to(device), batch.targets[start:end].to(device), lengths)
+
+
+def _wait(seconds: float, stop: Stop) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and stop() is None:
+        time.sleep(_POLL_S)
