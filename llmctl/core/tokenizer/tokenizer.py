@@ -149,6 +149,14 @@ class Tokenizer:
         return re.compile("|".join(map(re.escape, longest_first)) or r"(?!)")
 
     @cached_property
+    def special_parts(self) -> tuple[frozenset[str], frozenset[str], int]:
+        """The proper beginnings and the proper ends, of two characters or more, of control tokens, and the longest length."""
+        names = list(self.special_tokens)
+        starts = frozenset(name[:length] for name in names for length in range(2, len(name)))
+        ends = frozenset(name[-length:] for name in names for length in range(2, len(name)))
+        return starts, ends, max(map(len, names), default=0)
+
+    @cached_property
     def adds_bos(self) -> bool:
         """Whether the reference tokenizer puts BOS before every text by itself."""
         return self.bos_id is not None and self._encode_one("", special=False, post=True)[:1] == [self.bos_id]
@@ -226,6 +234,28 @@ class Tokenizer:
             except TypeError as error:
                 raise _not_text(error) from error
         return encoding.ids, encoding.offsets
+
+    def encode_piece(self, text: str, *, is_first: bool) -> tuple[list[int], list[tuple[int, int]]]:
+        """The ids and offsets of plain text that stands between control tokens, or (`is_first`) at the start of all."""
+        inner = self if is_first else self._continuation
+        ids, offsets = inner.encode_with_offsets(text)
+        if self._reaches_control and not (self.special_ids - {self._unknown_id}).isdisjoint(ids):
+            ids = inner._without_control(text, ids, post=False)
+            offsets = [(0, len(text))] * len(ids)
+        return ids, offsets
+
+    @cached_property
+    def _continuation(self) -> "Tokenizer":
+        """This tokenizer without the space that SentencePiece puts before the first word of a text, and only there."""
+        state = _state(self._backend.pre_tokenizer)
+        first = [part for part in _parts(state) if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"]
+        if not first:
+            return self
+        content = json.loads(self._backend.to_str())
+        for part in _parts(content["pre_tokenizer"]):
+            if part.get("type") == "Metaspace":
+                part["prepend_scheme"] = "never"
+        return _unpickle(json.dumps(content), self.bos_token, self.eos_token, self.pad_token, None, None)
 
     def count_special(self, text: str) -> int:
         """How many names of special tokens stand in `text`."""
