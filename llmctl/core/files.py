@@ -200,7 +200,7 @@ def read_manifest(folder: Path) -> dict[str, Any]:
     path = folder / MANIFEST_NAME
     if not path.is_file():
         raise InputError(f"{folder} has no {MANIFEST_NAME}: it is incomplete or not ours")
-    manifest = read_json(path)
+    manifest: dict[str, Any] = read_json(path)
     files = manifest.get("files") if isinstance(manifest, dict) else None
     if not isinstance(files, dict) or not all(isinstance(v, dict) and "num_bytes" in v and "sha256" in v for v in files.values()):
         raise InputError(f"{path}: not a manifest (no table of files with num_bytes and sha256)")

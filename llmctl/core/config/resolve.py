@@ -2,6 +2,7 @@
 
 import dataclasses
 import difflib
+import re
 import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -57,8 +58,10 @@ def resolve(
 
 
 def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[str, Any]:
+    text = ""
     try:
-        table = tomllib.loads(path.read_bytes().decode("utf-8"))
+        text = path.read_bytes().decode("utf-8") + "\n"  # the newline makes the parser name a line, not "end of document"
+        table = tomllib.loads(text)
     except FileNotFoundError as error:
         raise NotFoundError(f"--config {path}: no such file") from error
     except OSError as error:
@@ -66,7 +69,7 @@ def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[st
     except UnicodeDecodeError as error:
         raise UsageError(f"--config {path}: not UTF-8 at byte {error.start}") from error
     except tomllib.TOMLDecodeError as error:
-        raise UsageError(f"--config {path}: not valid TOML: {error}") from error
+        raise UsageError(f"--config {path}: not valid TOML: {error}{_line_of(error, text)}") from error
     result: dict[str, Any] = {}
     for key, value in table.items():
         name = key.replace("-", "_")
@@ -78,6 +81,13 @@ def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[st
     except UsageError as error:
         raise UsageError(f"--config {path}: {error}") from error
     return result
+
+
+def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
+    """The line that the parser complains of, since it does not name the key (of a duplicate, for one)."""
+    found = re.search(r"at line (\d+)", str(error))
+    lines = text.split("\n")
+    return f": {lines[int(found[1]) - 1].strip()[:80]!r}" if found and int(found[1]) <= len(lines) else ""
 
 
 def _check_alone(cls: type, values: Mapping[str, Any]) -> None:
