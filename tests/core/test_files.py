@@ -260,7 +260,10 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
 
 def test_a_lock_is_not_inherited_by_a_child_process(tmp_path: Path) -> None:
     lock = files.FileLock(tmp_path / "lock")
-    with subprocess.Popen([sys.executable, "-c", "input()"], stdin=subprocess.PIPE, close_fds=False) as child:
+    code = "print('up', flush=True); input()"
+    with subprocess.Popen([sys.executable, "-c", code], stdin=subprocess.PIPE, stdout=subprocess.PIPE, close_fds=False) as child:
+        assert child.stdout is not None
+        assert child.stdout.readline() == b"up\n"
         lock.release()
         files.FileLock(tmp_path / "lock").release()
         child.kill()
