@@ -65,9 +65,22 @@ def default_chat_template(tokenizer: "Tokenizer") -> str:
     return "{{ bos_token }}" + template if tokenizer.adds_bos else template
 
 
+def with_template(tokenizer: "Tokenizer", template: str) -> "Tokenizer":
+    """The same tokenizer with another chat template."""
+    import tokenizers
+
+    return type(tokenizer).from_parts(
+        tokenizers.Tokenizer.from_str(tokenizer.to_json()),
+        bos=tokenizer.bos_token,
+        eos=tokenizer.eos_token,
+        pad=tokenizer.pad_token,
+        chat_template=template,
+        model_max_length=tokenizer.model_max_length,
+    )
+
+
 def _is_special(tokenizer: "Tokenizer", text: str) -> bool:
-    ids = tokenizer.encode(text, allow_special=True, add_bos=False)
-    return len(ids) == 1 and ids[0] in tokenizer.special_ids
+    return tokenizer.token_id(text) in tokenizer.special_ids
 
 
 class ExampleEncoder:
@@ -100,7 +113,7 @@ class ExampleEncoder:
         if end is None:
             raise InputError("the tokenizer has no end-of-text token to put after a completion; give --chat-template FILE")
         completion = self._plain.encode(example.completion, add_bos=False)
-        return [(self._plain.encode(example.prompt), False), ([*completion, end], True)]
+        return [(self._plain.encode(example.prompt, add_bos=self._plain.adds_bos), False), ([*completion, end], True)]
 
 
 @dataclass(frozen=True)

@@ -5,6 +5,7 @@ put inside every name of a special token that stands in a message, so that the r
 where the template wrote it. The text is cut there, the marks are taken out, and what lies between is plain text.
 """
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -20,6 +21,8 @@ Span = tuple[int, int]
 _PRIVATE_USE = range(0xE000, 0xF900)
 _ASSISTANT = "assistant"
 _PROBE = "llmctl-probe"
+_NO_TOKEN = -1
+"""In place of a control's id: cut the text here, and put nothing."""
 
 
 @dataclass(frozen=True)
@@ -61,8 +64,13 @@ class ChatEncoder:
     def encode_turns(self, messages: Messages) -> list[tuple[list[int], bool]]:
         """See Tokenizer.encode_chat_turns."""
         rendered = self._render_marked(_plain(messages), prompt=False, with_answers=True)
+        tokens = self._encode_with_starts(rendered)
+        starts = {start for _, start in tokens}
+        cuts = [(first, first, _NO_TOKEN) for first, _ in rendered.answers if first not in starts]
+        if cuts:  # a token would span the end of a prompt and its answer's first white space; generate feeds the prompt alone
+            tokens = self._encode_pieces(dataclasses.replace(rendered, controls=sorted([*rendered.controls, *cuts])))
         segments: list[tuple[list[int], bool]] = []
-        for token_id, start in self._encode_with_starts(rendered):
+        for token_id, start in tokens:
             is_answer = any(first <= start < last for first, last in rendered.answers)
             if not segments or segments[-1][1] != is_answer:
                 segments.append(([], is_answer))
@@ -170,7 +178,7 @@ class ChatEncoder:
         result: list[tuple[int, int]] = []
         text, place = rendered.text, 0
         strip_left = False
-        for start, end, token_id in [*rendered.controls, (len(text), len(text), -1)]:
+        for start, end, token_id in [*rendered.controls, (len(text), len(text), _NO_TOKEN)]:
             piece_start, piece_end = place, start
             if strip_left:
                 piece_start = start - len(text[place:start].lstrip())

@@ -406,7 +406,9 @@ class Tokenizer:
     def encode_chat_turns(self, messages: Sequence[Mapping[str, Any]]) -> list[tuple[list[int], bool]]:
         """The whole chat as segments (ids, is_answer), in order; joined they equal `encode_chat` without a prompt.
 
-        An answer is what the assistant must produce: its content and the token that ends the turn.
+        An answer is what the assistant must produce: its content and the token that ends the turn. Where a token would
+        span the end of a prompt and white space at the start of the answer, the text is cut between them, so the ids
+        before an answer are those of its prompt alone.
         """
         return self._chat.encode_turns(messages)
 
