@@ -11,6 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmctl.core.model.causal import causal_attention, suits
+
 
 @dataclass(frozen=True)
 class Pattern:
@@ -90,6 +92,10 @@ def _attend_documents(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
+    if causal and suits(q, k):
+        if grouped:
+            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
+        return causal_attention(q, k, v, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 
