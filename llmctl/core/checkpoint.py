@@ -3,8 +3,9 @@
 Weights are mapped, not read: a tensor that is stored as the model wants it stays in the page cache until it is used.
 """
 
+import dataclasses
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -15,6 +16,7 @@ from torch import Tensor
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, NotFoundError, write_error
 from llmctl.core.families import Family, family_named, family_of
+from llmctl.core.families.base import Binding, bind
 from llmctl.core.files import read_json, write_json
 from llmctl.core.model.decoder import Decoder, sinusoidal_table
 from llmctl.core.model.facts import tensor_shapes
@@ -66,9 +68,7 @@ def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.de
     """
     path = Path(path)
     if path.suffix == ".gguf":
-        from llmctl.core.gguf import load_gguf_model
-
-        return load_gguf_model(path, dtype=dtype, device=device)
+        return _load_gguf(path, dtype=dtype, device=device)
     config, family, raw = load_config(path)
     generation = _read_generation(path)
     tensors = dict(_our_tensors(path, config, family, dtype=dtype))
@@ -110,17 +110,11 @@ def _our_tensors(folder: Path, config: ModelConfig, family: Family, *, dtype: to
     extra = sorted(name for name in set(found) - wanted if not name.endswith(family.ignored))
     if config.tie_embeddings:
         extra = [name for name in extra if not (name in family.head_names and _is_copy(found, name, bindings[0].theirs))]
-    if extra:
-        raise InputError(f"{folder}: tensor {extra[0]!r} has no place in this {family.name} model{_and_more(extra)}")
-    missing = [binding.theirs for binding in bindings if binding.theirs not in found]
-    if missing:
-        raise InputError(f"{folder}: tensor {missing[0]!r} is missing{_and_more(missing)}")
-    for binding in bindings:
-        tensor = found[binding.theirs]
-        if tuple(tensor.shape) != binding.their_shape:
-            raise InputError(
-                f"{folder}: tensor {binding.theirs!r} has the shape {list(tensor.shape)}, config.json asks for {list(binding.their_shape)}"
-            )
+    shapes = {name: tuple(tensor.shape) for name, tensor in found.items() if name in wanted or name in extra}
+    try:
+        _check_names(shapes, bindings, what=f"{family.name} model")
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
     stored = found[bindings[0].theirs].dtype if dtype is None else dtype
     for binding in bindings:
         parts = binding.rule.to_ours(found[binding.theirs], binding.our_shapes)
@@ -128,7 +122,22 @@ def _our_tensors(folder: Path, config: ModelConfig, family: Family, *, dtype: to
             yield name, part.to(stored).contiguous()
 
 
-def _bindings(family: Family, config: ModelConfig) -> list[Any]:
+def _check_names(found: Mapping[str, tuple[int, ...]], bindings: Sequence[Binding], *, what: str) -> None:
+    """Compare the tensors of a file (name -> shape) with those that a model wants. Raises InputError that names the first."""
+    wanted = {binding.theirs for binding in bindings}
+    extra = sorted(found.keys() - wanted)
+    if extra:
+        raise InputError(f"tensor {extra[0]!r} has no place in this {what}{_and_more(extra)}")
+    missing = [binding.theirs for binding in bindings if binding.theirs not in found]
+    if missing:
+        raise InputError(f"tensor {missing[0]!r} is missing{_and_more(missing)}")
+    for binding in bindings:
+        shape = found[binding.theirs]
+        if shape != binding.their_shape:
+            raise InputError(f"tensor {binding.theirs!r} has the shape {list(shape)}, the config asks for {list(binding.their_shape)}")
+
+
+def _bindings(family: Family, config: ModelConfig) -> list[Binding]:
     try:
         return list(family.bindings(config, tensor_shapes(config)))
     except LookupError as error:
@@ -179,13 +188,47 @@ def _mapped(file: TensorFile, entry: Any) -> Tensor:
     return torch.frombuffer(file.buffer, dtype=dtype, count=count, offset=entry.start).view(entry.shape)
 
 
+def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
+    """A model from a GGUF file: weights dequantised, rows of q and k put back into Hugging Face's order."""
+    from llmctl.core.families.gguf import ROPE_FACTORS, Metadata, gguf_family, halves_from_pairs, llama3_scaling
+    from llmctl.core.families.gguf_tokenizer import eos_ids_of
+    from llmctl.core.gguf import GgufFile
+
+    file = GgufFile(path)
+    try:
+        meta = Metadata(file.metadata)
+        record = gguf_family(meta)
+        if "token_embd.weight" not in file.tensors:
+            raise InputError("tensor 'token_embd.weight' is missing")
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        config = record.config(meta, shapes, shapes["token_embd.weight"][0])
+        if ROPE_FACTORS in file.tensors:
+            config = dataclasses.replace(config, rope_scaling=llama3_scaling(file.array(file.tensors[ROPE_FACTORS]), config))
+        bindings = list(bind(record.rules, config.num_layers, tensor_shapes(config)))
+        _check_names({name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}, bindings, what=f"{record.family} model")
+    except (InputError, LookupError) as error:
+        raise InputError(f"{path}: {error.args[0]}") from error
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored = kinds.get(file.tensors["token_embd.weight"].kind, torch.float32) if dtype is None else dtype
+    tensors = {}
+    for binding in bindings:
+        array = file.array(file.tensors[binding.theirs])
+        for name, part in zip(binding.ours, binding.rule.to_ours(array, binding.our_shapes), strict=True):
+            if record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k")):
+                part = halves_from_pairs(part, config.head_dim)
+            tensors[name] = torch.from_numpy(part).to(stored).contiguous()
+    model = assemble(config, tensors, device=device)
+    return LoadedModel(model, config, record.family, model.dtype, path, eos_ids_of(file.metadata), {})
+
+
 def load_tokenizer(path: Path) -> "Tokenizer":
     """The tokenizer of a model directory or of a `.gguf` file."""
     path = Path(path)
     if path.suffix == ".gguf":
-        from llmctl.core.gguf import load_gguf_tokenizer
+        from llmctl.core.families.gguf_tokenizer import tokenizer_from_gguf
+        from llmctl.core.gguf import GgufFile
 
-        return load_gguf_tokenizer(path)
+        return tokenizer_from_gguf(GgufFile(path).metadata, where=str(path))
     from llmctl.core.tokenizer import Tokenizer
 
     return Tokenizer.load(path)

@@ -73,6 +73,24 @@ class Binding:
         return self.rule.shape(self.our_shapes)
 
 
+def bind(rules: Sequence[Rule], num_layers: int, shapes: Mapping[str, Shape]) -> Iterator[Binding]:
+    """The rules that apply to a model whose decoder has the tensors `shapes`, for every layer, in order.
+
+    A rule applies where the model has the rule's tensors, so that biases, norms and a free head need no conditions.
+    Raises LookupError when a tensor of ours is left over: then the rules do not cover the model.
+    """
+    covered: set[str] = set()
+    for rule in rules:
+        for i in range(num_layers) if LAYER in rule.theirs else range(1):
+            ours = tuple(name.replace(LAYER, str(i)) for name in rule.ours)
+            if all(name in shapes for name in ours):
+                covered.update(ours)
+                yield Binding(rule, rule.theirs.replace(LAYER, str(i)), ours, tuple(shapes[name] for name in ours))
+    left = [name for name in shapes if name not in covered]
+    if left:
+        raise LookupError(f"there is no name for {', '.join(left[:5])}")
+
+
 @dataclass(frozen=True)
 class Family:
     """Models of one kind in Hugging Face's terms.
@@ -94,22 +112,8 @@ class Family:
     ignored: tuple[str, ...] = field(default=())
 
     def bindings(self, config: ModelConfig, shapes: Mapping[str, Shape]) -> Iterator[Binding]:
-        """Every tensor of a checkpoint, in order. `shapes` are the decoder's (facts.tensor_shapes).
-
-        A rule applies where the model has the rule's tensors, so that biases, norms and a free head need no conditions.
-        Raises LookupError when a tensor of ours is left over: then the rules do not cover the config.
-        """
-        covered: set[str] = set()
-        for rule in self.rules:
-            layers = range(config.num_layers) if LAYER in rule.theirs else range(1)
-            for i in layers:
-                ours = tuple(name.replace(LAYER, str(i)) for name in rule.ours)
-                if all(name in shapes for name in ours):
-                    covered.update(ours)
-                    yield Binding(rule, rule.theirs.replace(LAYER, str(i)), ours, tuple(shapes[name] for name in ours))
-        left = [name for name in shapes if name not in covered]
-        if left:
-            raise LookupError(f"the family {self.name!r} has no name for {', '.join(left[:5])}")
+        """Every tensor of a checkpoint, in order; see `bind`. `shapes` are the decoder's (facts.tensor_shapes)."""
+        return bind(self.rules, config.num_layers, shapes)
 
     def write_config(
         self, config: ModelConfig, *, dtype: str, bos_id: int | None, eos_ids: Sequence[int], pad_id: int | None
