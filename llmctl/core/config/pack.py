@@ -1,0 +1,94 @@
+"""Settings of `llmctl tokenize pack` and `llmctl tokenize verify`."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmctl.core.config.fields import check_fields, option
+from llmctl.core.errors import UsageError
+
+_INPUT, _SPLIT, _OUTPUT = "Input", "Validation split", "Output"
+
+
+@dataclass(frozen=True)
+class PackConfig:
+    """What to pack, with which tokenizer, into which folder."""
+
+    inputs: tuple[str, ...] = option((), "Files, folders, glob patterns, or - for stdin.", positional=True, metavar="INPUT...")
+    tokenizer: Path | None = option(None, "Model folder or tokenizer.json whose tokenizer to use.", metavar="PATH")
+    out_dir: Path | None = option(None, "Folder for the shards; made if its parent exists.", "-o", "--output-dir", metavar="DIR")
+    format: str | None = option(
+        None,
+        "How the input falls into documents: text (a file each), lines (a line each), paragraphs (blank lines between), jsonl. "
+        "[default: by file name]",
+        choices=("text", "lines", "paragraphs", "jsonl"),
+        panel=_INPUT,
+    )
+    field: str = option("text", "Field of a JSON record that holds its text.", panel=_INPUT, metavar="NAME")
+    separator: str | None = option(
+        None, "A line that is exactly this ends a document of a text file, for instance '<|endoftext|>'.", panel=_INPUT, metavar="LINE"
+    )
+    allow_special: bool = option(False, "Turn special tokens' names in the text into those tokens.", panel=_INPUT)
+    add_bos: bool | None = option(None, "Begin each document with BOS. [default: as the tokenizer does]", panel=_INPUT)
+    on_error: str = option(
+        "stop", "What to do with a record that cannot be read: stop, or skip it and list it.", choices=("stop", "skip"), panel=_INPUT
+    )
+    max_line_bytes: int = option(64_000_000, "Longest line or uncut document, in bytes.", minimum=1024, panel=_INPUT, metavar="N")
+    val_fraction: float | None = option(
+        None,
+        "Part held out for validation; 0 for none. [default: 0.01 of the documents, 0.1 of a tail]",
+        minimum=0,
+        below=1,
+        panel=_SPLIT,
+        metavar="X",
+    )
+    val_by: str | None = option(
+        None,
+        "Hold out documents by a hash of their content, or the tail of each. [default: tail if the input is one text file, else hash]",
+        choices=("hash", "tail"),
+        panel=_SPLIT,
+    )
+    val_data: tuple[str, ...] = option(
+        (), "Input that is validation as a whole; then nothing else is held out.", panel=_SPLIT, metavar="INPUT"
+    )
+    split_seed: int = option(0, "Key of the hash that holds documents out.", minimum=0, panel=_SPLIT, metavar="N")
+    shard_tokens: int = option(1 << 25, "Ids in a full shard.", minimum=16, maximum=1 << 40, panel=_OUTPUT, metavar="N")
+    workers: int | None = option(
+        None,
+        "Processes that encode; the result is the same for any number. [default: by cores and input]",
+        minimum=1,
+        maximum=1024,
+        metavar="N",
+    )
+    overwrite: bool = option(False, "Replace what an earlier, different packing left in the folder.", panel=_OUTPUT)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.inputs:
+            raise UsageError("INPUT is missing: name files, folders, patterns, or - for stdin")
+        if self.tokenizer is None:
+            raise UsageError("--tokenizer is missing: a model folder or a tokenizer.json; make one with `llmctl tokenize train`")
+        if self.out_dir is None:
+            raise UsageError("--out-dir is missing: the folder for the token shards")
+        if self.separator is not None:
+            if self.format not in (None, "text"):
+                raise UsageError(f"--separator goes with --format text, not with --format {self.format}")
+            if not self.separator.strip() or "\n" in self.separator:
+                raise UsageError(
+                    "--separator: one line that is not blank is wanted; for blank lines between documents use --format paragraphs"
+                )
+        if self.val_data and (self.val_fraction or self.val_by):
+            raise UsageError("--val-data names the validation text, so --val-fraction and --val-by cannot be given too")
+        if self.val_by == "tail" and self.val_fraction == 0:
+            raise UsageError("--val-by tail needs a --val-fraction above 0")
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """Which packed folder to check."""
+
+    directory: Path | None = option(None, "Folder that `llmctl tokenize pack` wrote.", positional=True, metavar="DIR")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.directory is None:
+            raise UsageError("DIR is missing: the packed folder to check")

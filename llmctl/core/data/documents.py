@@ -1,0 +1,309 @@
+"""A corpus as pieces of documents: lines of JSON, or UTF-8 text cut where no token crosses. Knows bytes; knows no ids.
+
+Only as much is looked at here as finding the ends of documents takes: decoding, parsing and encoding are the workers'
+work (see encode.py). A text file may be larger than memory, so it comes in pieces of about a mebibyte.
+"""
+
+import hashlib
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import IO, Literal
+
+from llmctl.core.data.sources import OpenSource, Source
+from llmctl.core.errors import InputError
+
+PIECE_BYTES = 1 << 20
+SPLIT_HASH_BYTES = 1 << 16
+"""How much of a document's head decides about its split: all of it would have to be read before its first piece goes out."""
+
+_READ_BYTES = 1 << 20
+_LOOKAHEAD_BYTES = 8
+"""More than the character after a newline takes."""
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """A document or a part of one, as it was read. `data` is a line of JSON if `is_json`, else UTF-8 text.
+
+    `is_val` is None where the split is not known yet (JSON: the text must be parsed first). `line` (from 1) and
+    `offset` (bytes from 0) say where it stands in the decompressed source number `source`. `error` says why there is
+    no data: the piece stands for something that could not be read.
+    """
+
+    source: int
+    line: int
+    offset: int
+    data: bytes
+    is_json: bool = False
+    starts_document: bool = True
+    ends_document: bool = True
+    is_val: bool | None = None
+    error: str | None = None
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitRule:
+    """Which documents, or which part of each, are held out.
+
+    "hash": a document is held out when a hash of its first 64 KiB of text, keyed by `seed`, falls below `fraction`, so
+    the answer depends on the content alone, and equal documents go the same way. "tail": the last `fraction` of the
+    text of every document is held out, as a document of its own. "all": everything is, "none": nothing is.
+    """
+
+    kind: Literal["hash", "tail", "all", "none"]
+    fraction: float = 0.0
+    seed: int = 0
+
+    def holds_out(self, text: bytes) -> bool:
+        """Whether the document that begins with `text` (UTF-8; 64 KiB of it or all) is held out; for "tail", never as a whole."""
+        if self.kind != "hash":
+            return self.kind == "all"
+        key = f"llmctl split {self.seed}".encode()
+        digest = hashlib.blake2b(text[:SPLIT_HASH_BYTES], digest_size=8, key=key).digest()
+        return int.from_bytes(digest, "big") < self.fraction * 2.0**64
+
+    def head_bytes(self, text: bytes) -> int:
+        """For "tail": where the tail begins, moved back to the start of a character. As `text[:int(n * 0.9)]` for ASCII."""
+        cut = int(len(text) * (1 - self.fraction))
+        while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
+            cut -= 1
+        return cut
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReadRules:
+    """How sources fall into documents. `separator` is a line that ends a document of format "text"; `may_cut` says that
+    the tokenizer gives a text's ids also when the text is cut at the places that `last_cut` finds."""
+
+    split: SplitRule
+    separator: str | None = None
+    max_line_bytes: int
+    may_cut: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class _Line:
+    number: int
+    offset: int
+    data: bytes  # without its newline
+    num_bytes: int  # of the line as it stands in the file, newline not counted; more than len(data) when it was too long
+
+
+def read_pieces(source: Source, number: int, *, rules: ReadRules, stdin: IO[bytes] | None = None) -> Iterator[tuple[Piece, int]]:
+    """The pieces of source `number`, each with the bytes of the file taken so far. Raises InputError for a damaged file."""
+    with OpenSource(source, stdin) as opened:
+        if source.format == "text" and rules.separator is None:
+            pieces = _whole_text(opened, number, rules)
+        elif source.format in ("lines", "jsonl"):
+            pieces = _by_line(opened, number, rules, is_json=source.format == "jsonl")
+        else:
+            pieces = _by_separator(opened, number, rules)
+        for piece in pieces:
+            yield piece, opened.num_bytes_taken
+
+
+def _too_long(what: str, num_bytes: int, limit: int) -> str:
+    return f"{what} is {_megabytes(num_bytes)}, the limit is {_megabytes(limit)} (--max-line-bytes)"
+
+
+def _megabytes(num_bytes: int) -> str:
+    return f"{num_bytes / 1e6:.4g} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"
+
+
+def _lines(opened: OpenSource, limit: int) -> Iterator[_Line]:
+    """Lines, with at most `limit` bytes of each in memory: of a longer one only the length is kept."""
+    parts: list[bytes] = []
+    number, start, held = 1, opened.offset, 0
+    while block := opened.read(_READ_BYTES):
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            held += len(end)
+            yield _Line(number, start, b"".join((*parts, end)) if held <= limit else b"", held)
+            number, start, parts, held = number + 1, start + held + 1, [], 0
+        held += len(rest)
+        if held <= limit:
+            parts.append(rest)
+        else:
+            parts = []
+    if held:
+        yield _Line(number, start, b"".join(parts) if held <= limit else b"", held)
+
+
+def _by_line(opened: OpenSource, number: int, rules: ReadRules, *, is_json: bool) -> Iterator[Piece]:
+    """Each line that is not blank is a document."""
+    for line in _lines(opened, rules.max_line_bytes):
+        if line.num_bytes > rules.max_line_bytes:
+            error = _too_long(f"line {line.number}", line.num_bytes, rules.max_line_bytes)
+            yield Piece(number, line.number, line.offset, b"", is_json, error=error)
+        elif is_json and line.data.strip():
+            is_val = {"all": True, "none": False}.get(rules.split.kind)
+            yield Piece(number, line.number, line.offset, line.data, is_json, is_val=is_val)
+        elif (data := line.data.removesuffix(b"\r")) and not data.isspace():
+            yield from _text_document(number, line.number, line.offset, data, rules)
+
+
+def _by_separator(opened: OpenSource, number: int, rules: ReadRules) -> Iterator[Piece]:
+    """Documents end at a line that is the separator; without one ("paragraphs") at a blank line."""
+    separator = None if rules.separator is None else rules.separator.encode()
+    held: list[_Line] = []
+    num_bytes = 0
+
+    def finish() -> Iterator[Piece]:
+        while held and not held[0].data.strip():
+            held.pop(0)
+        while held and not held[-1].data.strip():
+            held.pop()
+        if held:
+            data = b"\n".join(line.data for line in held).removesuffix(b"\r")
+            yield from _text_document(number, held[0].number, held[0].offset, data, rules)
+
+    skipping = False
+    for line in _lines(opened, rules.max_line_bytes):
+        bare = line.data.removesuffix(b"\r")
+        if line.num_bytes <= rules.max_line_bytes and (not bare.strip() if separator is None else bare == separator):
+            if not skipping:
+                yield from finish()
+            held, num_bytes, skipping = [], 0, False
+            continue
+        num_bytes += line.num_bytes + 1
+        if num_bytes > rules.max_line_bytes + 1 and not skipping:
+            what = f"line {line.number}" if line.num_bytes > rules.max_line_bytes else f"the document up to line {line.number}"
+            yield Piece(number, line.number, line.offset, b"", error=_too_long(what, max(line.num_bytes, num_bytes), rules.max_line_bytes))
+            held, skipping = [], True
+        if not skipping:
+            held.append(line)
+    if not skipping:
+        yield from finish()
+
+
+def _text_document(number: int, line: int, offset: int, data: bytes, rules: ReadRules) -> Iterator[Piece]:
+    """A document that lies in memory, as one piece, or two where the tail is held out."""
+    if rules.split.kind != "tail":
+        yield Piece(number, line, offset, data, is_val=rules.split.holds_out(data))
+        return
+    cut = rules.split.head_bytes(data)
+    for start, part, is_val in ((0, data[:cut], False), (cut, data[cut:], True)):
+        if part:
+            yield Piece(number, line + data.count(b"\n", 0, start), offset + start, part, is_val=is_val)
+
+
+def _whole_text(opened: OpenSource, number: int, rules: ReadRules) -> Iterator[Piece]:
+    """A whole file as one document, in pieces; in two documents where the tail is held out."""
+    if rules.split.kind == "tail":
+        start = opened.offset
+        data = _read_all(opened, rules.max_line_bytes)
+        cut = rules.split.head_bytes(data)
+        line = 1 + data.count(b"\n", 0, cut)
+        yield from _cut_up(iter((data[:cut],)), number, 1, start, rules, is_val=False)
+        yield from _cut_up(iter((data[cut:],)), number, line, start + cut, rules, is_val=True)
+        return
+    start = opened.offset
+    head = b""
+    while len(head) < SPLIT_HASH_BYTES and (block := opened.read(_READ_BYTES)):
+        head += block
+
+    def blocks() -> Iterator[bytes]:
+        yield head
+        while block := opened.read(_READ_BYTES):
+            yield block
+
+    yield from _cut_up(blocks(), number, 1, start, rules, is_val=rules.split.holds_out(head))
+
+
+def _read_all(opened: OpenSource, limit: int) -> bytes:
+    blocks, held = [], 0
+    while block := opened.read(_READ_BYTES):
+        blocks.append(block)
+        held += len(block)
+        if held > limit:
+            raise InputError(
+                f"{opened.source.name}: more than {_megabytes(limit)}, but holding out the tail of a document needs it whole;"
+                " raise --max-line-bytes, or hold out by document or with --val-data"
+            )
+    return b"".join(blocks)
+
+
+def _cut_up(blocks: Iterator[bytes], number: int, line: int, offset: int, rules: ReadRules, *, is_val: bool) -> Iterator[Piece]:
+    """One document from its blocks, in pieces that end where no token crosses: at the last such place in the first
+    PIECE_BYTES, else at the first one after. How the blocks fall (a pipe gives small ones) changes nothing."""
+    held = bytearray()
+    starts, looked = True, PIECE_BYTES  # the first PIECE_BYTES to `looked` hold no place to cut
+    limit = rules.max_line_bytes
+    for block in blocks:
+        held += block
+        while rules.may_cut and len(held) >= PIECE_BYTES + _LOOKAHEAD_BYTES:
+            cut = last_cut(held, PIECE_BYTES) if looked == PIECE_BYTES else None
+            cut = cut or first_cut(held, looked, min(len(held) - _LOOKAHEAD_BYTES, limit))
+            if cut is None:
+                looked = len(held) - _LOOKAHEAD_BYTES
+                break
+            data = bytes(held[:cut])
+            del held[:cut]
+            yield Piece(number, line, offset, data, starts_document=starts, ends_document=False, is_val=is_val)
+            starts, looked, line, offset = False, PIECE_BYTES, line + data.count(b"\n"), offset + len(data)
+        if len(held) > limit + _LOOKAHEAD_BYTES:
+            error = _cannot_cut(held, blocks, line, limit, may_cut=rules.may_cut)
+            yield Piece(number, line, offset, b"", starts_document=starts, is_val=is_val, error=error)
+            return
+    if held or not starts:
+        yield Piece(number, line, offset, bytes(held), starts_document=starts, is_val=is_val)
+
+
+def _cannot_cut(held: bytearray, blocks: Iterator[bytes], line: int, limit: int, *, may_cut: bool) -> str:
+    """Why a text of more than `limit` bytes stays in one piece: a line that is too long, or no place to cut."""
+    start = 0
+    while (newline := held.find(b"\n", start)) >= 0 and newline - start <= limit:
+        line, start = line + 1, newline + 1
+    num_bytes = (newline if newline >= 0 else len(held)) - start
+    while newline < 0 and (block := next(blocks, b"")):
+        newline = block.find(b"\n")
+        num_bytes += newline if newline >= 0 else len(block)
+    if num_bytes > limit:
+        return _too_long(f"line {line}", num_bytes, limit)
+    why = "has no place to cut it" if may_cut else "cannot be cut for this tokenizer"
+    return _too_long(f"a document {why} and", len(held) + sum(len(block) for block in blocks), limit)
+
+
+def last_cut(data: bytes | bytearray, stop: int) -> int | None:
+    """The last place in [1, stop) where UTF-8 text may be cut without changing its ids; None if there is none.
+
+    The pre-tokenisers of GPT-2, Llama 3, Qwen and o200k end a word (a) after a newline that a letter or digit follows,
+    and (b) before a newline that follows a letter or digit: their patterns never join what stands on the two sides.
+    Blanks, punctuation and marks beside the newline are left alone, since some patterns run over them.
+    """
+    while (newline := data.rfind(b"\n", 0, stop)) >= 0:
+        cut = _cut_beside(data, newline)
+        if cut is not None and 0 < cut < stop:
+            return cut
+        stop = newline
+    return None
+
+
+def first_cut(data: bytes | bytearray, start: int, stop: int) -> int | None:
+    """The place to cut beside the first newline in [start, stop) that has one."""
+    while (newline := data.find(b"\n", start, stop)) >= 0:
+        cut = _cut_beside(data, newline)
+        if cut:
+            return cut
+        start = newline + 1
+    return None
+
+
+def _cut_beside(data: bytes | bytearray, newline: int) -> int | None:
+    after = data[newline + 1 : newline + 5].decode("utf-8", "ignore")[:1]
+    if after.isalnum() and data.startswith(after.encode(), newline + 1):
+        return newline + 1
+    before = data[max(0, newline - 4) : newline].decode("utf-8", "ignore")[-1:]
+    if _is_plain_letter(before) and data.endswith(before.encode(), 0, newline):
+        return newline
+    return None
+
+
+def _is_plain_letter(character: str) -> bool:
+    """A letter or digit that every version of Unicode in use calls one."""
+    return (character.isascii() and character.isalnum()) or ("\u00c0" <= character <= "\u9fff" and character.isalpha())
+
+
+def piece_where(piece: Piece, sources: list[Source]) -> str:
+    """How messages call a piece: `file: line 17`."""
+    return f"{sources[piece.source].name}: line {piece.line}"

@@ -1,0 +1,279 @@
+"""Encoding in processes of our own: the pipe between packer and worker, from both sides. Knows no corpus and no shards.
+
+Plain subprocesses rather than multiprocessing: a worker imports this module and nothing of the caller's program, it
+ends by itself when the pipe ends, so a killed packer leaves no orphans, and its death is an end of file on the other
+side, so nobody waits for it. A frame is the lengths of a JSON header and of the bytes that follow it, then both.
+"""
+
+import contextlib
+import dataclasses
+import itertools
+import json
+import os
+import queue
+import signal
+import struct
+import subprocess
+import sys
+from collections import deque
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any, Protocol
+
+import numpy as np
+
+from llmctl.core.data.documents import Piece, SplitRule
+from llmctl.core.data.encode import EncodedPiece, EncodeRules, PieceEncoder, RecordError, Segment
+from llmctl.core.errors import InputError, LlmctlError
+
+_LENGTHS = struct.Struct("<QQ")
+_PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
+_PROGRAM = "import sys; sys.path.insert(0, sys.argv[1]); from llmctl.core.data.worker import worker_main; worker_main()"
+_EXIT_WAIT_S = 5.0
+"""How long after the end of its pipe a worker may take to be gone, before we stop asking why."""
+# One thread each: the workers are the parallelism, and threads that numpy starts take address space for nothing.
+_ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
+
+
+@dataclass(frozen=True)
+class PieceBatch:
+    """Pieces that one worker encodes at once; `first_piece` is the number of the first in the corpus."""
+
+    first_piece: int
+    pieces: tuple[Piece, ...]
+    wants_train: bool
+    wants_val: bool
+    num_bytes_taken: int
+    """Bytes of the input's files read when the batch was full."""
+
+
+class Encoders(Protocol):
+    """What turns batches into results, in the batches' order."""
+
+    def run(self, batches: Iterator[PieceBatch]) -> Iterator[tuple[PieceBatch, list[EncodedPiece]]]: ...
+
+    def close(self) -> None: ...
+
+
+class InlineEncoders:
+    """No worker: encodes in this process."""
+
+    def __init__(self, encoder: PieceEncoder) -> None:
+        self._encoder = encoder
+
+    def run(self, batches: Iterator[PieceBatch]) -> Iterator[tuple[PieceBatch, list[EncodedPiece]]]:
+        """See Encoders."""
+        for batch in batches:
+            yield batch, self._encoder.encode(batch.pieces, wants_train=batch.wants_train, wants_val=batch.wants_val)
+
+    def close(self) -> None:
+        """Nothing to close."""
+
+
+class WorkerPool:
+    """`num_workers` processes. At most two batches a worker are under way, so memory does not grow with the corpus."""
+
+    def __init__(self, rules: EncodeRules, num_workers: int) -> None:
+        self._num_workers = num_workers
+        self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="llmctl-pack")
+        self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
+        self._workers: list[_Worker] = []
+        try:
+            for _ in range(num_workers):
+                worker = _Worker(rules)
+                self._workers.append(worker)
+                self._idle.put(worker)
+        except BaseException:
+            self.close()
+            raise
+
+    @property
+    def pids(self) -> tuple[int, ...]:
+        """The process ids of the workers."""
+        return tuple(worker.process.pid for worker in self._workers)
+
+    def run(self, batches: Iterator[PieceBatch]) -> Iterator[tuple[PieceBatch, list[EncodedPiece]]]:
+        """See Encoders. Raises LlmctlError when a worker dies or fails."""
+        waiting: deque[tuple[PieceBatch, Future[list[EncodedPiece]]]] = deque()
+        for batch in itertools.chain(batches, [None]):
+            if batch is not None:
+                waiting.append((batch, self._executor.submit(self._encode, batch)))
+            while waiting and (batch is None or len(waiting) >= 2 * self._num_workers):
+                first, future = waiting.popleft()
+                yield first, future.result()
+
+    def _encode(self, batch: PieceBatch) -> list[EncodedPiece]:
+        worker = self._idle.get()
+        try:
+            return worker.encode(batch)
+        finally:
+            self._idle.put(worker)
+
+    def close(self) -> None:
+        """End the workers at once: they hold nothing that could be lost."""
+        for worker in self._workers:
+            worker.end()
+        self._executor.shutdown(wait=True, cancel_futures=True)
+
+
+class _Worker:
+    """The packer's side of one worker process."""
+
+    def __init__(self, rules: EncodeRules) -> None:
+        command = [sys.executable, "-P", "-c", _PROGRAM, _PACKAGE_ROOT]
+        try:
+            self.process = subprocess.Popen(
+                command,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.DEVNULL,
+                env={**os.environ, **_ENVIRONMENT},
+                process_group=0,  # the terminal's Ctrl-C is for the packer, which then ends us in order
+            )
+        except OSError as error:
+            raise LlmctlError(f"cannot start a worker process: {error.strerror}; try --workers 1") from error
+        self._rules = rules
+        self._has_rules = False
+
+    def encode(self, batch: PieceBatch) -> list[EncodedPiece]:
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
+        try:
+            if not self._has_rules:
+                write_frame(self.process.stdin, rules_to_json(self._rules), b"")
+                self._has_rules = True
+            write_frame(self.process.stdin, *batch_to_frame(batch))
+            answer = read_frame(self.process.stdout)
+        except (OSError, ValueError):  # ValueError: the pipe was closed from this side
+            answer = None
+        if answer is None:
+            raise LlmctlError(self._obituary())
+        header, data = answer
+        if "input_error" in header:
+            raise InputError(header["input_error"])
+        if "failure" in header:
+            raise LlmctlError(f"a worker failed: {header['failure']}")
+        return results_from_frame(header, data)
+
+    def _obituary(self) -> str:
+        try:
+            code = self.process.wait(_EXIT_WAIT_S)
+        except subprocess.TimeoutExpired:
+            return "a worker closed its pipe but goes on; run the same command again"
+        advice = "; run the same command again to go on, with fewer --workers if memory is short"
+        if code == -signal.SIGKILL:
+            return "worker died (signal 9, out of memory?)" + advice
+        return (f"worker died (signal {-code})" if code < 0 else f"worker ended with status {code}") + advice
+
+    def end(self) -> None:
+        self.process.kill()
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            if pipe is not None:
+                with contextlib.suppress(OSError):  # what was buffered for a worker that is gone
+                    pipe.close()
+
+
+def worker_main() -> None:
+    """The worker's side: reads rules, then batches, from descriptor 0, and answers each on descriptor 1."""
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)  # the packer decides; the end of the pipe is the order to stop
+    source, sink = os.fdopen(0, "rb"), os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # nothing that prints may get between the frames
+    with contextlib.suppress(BrokenPipeError):
+        try:
+            first = read_frame(source)
+            if first is None:
+                return
+            encoder = PieceEncoder(rules_from_json(first[0]))
+            while (frame := read_frame(source)) is not None:
+                batch = batch_from_frame(*frame)
+                results = encoder.encode(batch.pieces, wants_train=batch.wants_train, wants_val=batch.wants_val)
+                write_frame(sink, *results_to_frame(results))
+        except BrokenPipeError:
+            raise
+        except InputError as error:
+            write_frame(sink, {"input_error": str(error)}, b"")
+        except MemoryError:
+            write_frame(sink, {"failure": "out of memory; try fewer --workers"}, b"")
+        except BaseException as error:  # whatever it is, the packer has to hear of it
+            write_frame(sink, {"failure": f"{type(error).__name__}: {error}"}, b"")
+    os._exit(0)  # the last flush of a broken pipe would fail again
+
+
+def write_frame(file: IO[bytes], header: Any, data: bytes) -> None:
+    """Send one frame."""
+    text = json.dumps(header).encode()
+    file.write(_LENGTHS.pack(len(text), len(data)))
+    file.write(text)
+    file.write(data)
+    file.flush()
+
+
+def read_frame(file: IO[bytes]) -> tuple[Any, bytes] | None:
+    """Receive one frame; None at the end of the pipe, also in the middle of a frame."""
+    lengths = file.read(_LENGTHS.size)
+    if len(lengths) < _LENGTHS.size:
+        return None
+    header_bytes, data_bytes = _LENGTHS.unpack(lengths)
+    header, data = file.read(header_bytes), file.read(data_bytes)
+    if len(header) < header_bytes or len(data) < data_bytes:
+        return None
+    return json.loads(header), data
+
+
+def rules_to_json(rules: EncodeRules) -> dict[str, Any]:
+    """EncodeRules as JSON; the folder as the hex of its bytes, which need not be UTF-8."""
+    return {**dataclasses.asdict(rules), "tokenizer_dir": os.fsencode(rules.tokenizer_dir).hex()}
+
+
+def rules_from_json(value: dict[str, Any]) -> EncodeRules:
+    """The inverse of rules_to_json."""
+    folder = Path(os.fsdecode(bytes.fromhex(value["tokenizer_dir"])))
+    return EncodeRules(**{**value, "tokenizer_dir": folder, "split": SplitRule(**value["split"])})
+
+
+def batch_to_frame(batch: PieceBatch) -> tuple[Any, bytes]:
+    """A batch as header and bytes."""
+    rows = [
+        [p.source, p.line, p.offset, len(p.data), p.is_json, p.starts_document, p.ends_document, p.is_val, p.error] for p in batch.pieces
+    ]
+    header = {"first": batch.first_piece, "wants": [batch.wants_train, batch.wants_val], "taken": batch.num_bytes_taken, "pieces": rows}
+    return header, b"".join(p.data for p in batch.pieces)
+
+
+def batch_from_frame(header: Any, data: bytes) -> PieceBatch:
+    """The inverse of batch_to_frame."""
+    pieces, start = [], 0
+    for source, line, offset, num_bytes, *flags in header["pieces"]:
+        pieces.append(Piece(source, line, offset, data[start : start + num_bytes], *flags))
+        start += num_bytes
+    wants_train, wants_val = header["wants"]
+    return PieceBatch(header["first"], tuple(pieces), wants_train, wants_val, header["taken"])
+
+
+def results_to_frame(results: Sequence[EncodedPiece]) -> tuple[Any, bytes]:
+    """Results as header and bytes: the ids as uint32, in order."""
+    rows, arrays = [], []
+    for result in results:
+        segments = [[s.is_val, s.ends_document, s.num_bytes, None if s.ids is None else len(s.ids)] for s in result.segments]
+        errors = [[e.source, e.line, e.offset, e.reason] for e in result.errors]
+        rows.append([segments, errors, result.digest.hex(), result.num_special, result.has_text])
+        arrays += [s.ids.tobytes() for s in result.segments if s.ids is not None]
+    return {"results": rows}, b"".join(arrays)
+
+
+def results_from_frame(header: Any, data: bytes) -> list[EncodedPiece]:
+    """The inverse of results_to_frame."""
+    ids, start, results = np.frombuffer(data, dtype=np.uint32), 0, []
+    for rows, errors, digest, num_special, has_text in header["results"]:
+        segments = []
+        for is_val, ends_document, num_bytes, num_ids in rows:
+            part = None if num_ids is None else ids[start : start + num_ids]
+            start += num_ids or 0
+            segments.append(Segment(is_val, ends_document, num_bytes, part))
+        found = tuple(RecordError(*error) for error in errors)
+        results.append(EncodedPiece(tuple(segments), found, bytes.fromhex(digest), num_special, has_text))
+    return results
