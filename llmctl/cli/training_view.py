@@ -32,11 +32,13 @@ def _plain(line: dict[str, Any]) -> dict[str, Any]:
 def plan_lines(plan: Planned) -> list[str]:
     """The plan as text, before the first step."""
     return [
-        f"model      {plan.family}, {plan.num_layers} layers x {plan.hidden_size}, vocabulary {plan.vocab_size:,}: {plan.num_parameters:,} parameters",
+        f"model      {plan.family}, {plan.num_layers} layers x {plan.hidden_size}, vocabulary {plan.vocab_size:,}:"
+        f" {plan.num_parameters:,} parameters",
         f"data       {plan.data_tokens:,} tokens; {plan.num_tokens:,} will be seen, {plan.epochs:.2f} epochs",
         f"steps      {plan.num_steps:,} of {plan.batch_tokens:,} tokens ({plan.batch_size} x {plan.seq_len}, in micro-batches of"
         f" {plan.micro_batch_size}), warm-up {plan.warmup_steps}",
-        f"every      evaluation {_every(plan.eval_every)}, checkpoint {_every(plan.save_every)}, sample {_every(plan.sample_every, 'never')}",
+        f"every      evaluation {_every(plan.eval_every)},"
+        f" checkpoint {_every(plan.save_every)}, sample {_every(plan.sample_every, 'never')}",
         f"work       {si(plan.flops_per_token)}FLOP a token, {si(plan.total_flops)}FLOP in all",
         f"machine    {plan.device}, {plan.threads} threads, {plan.dtype}, matmul peak {si(plan.matmul_peak_flops)}FLOP/s",
         f"needs      about {num_bytes(plan.memory_bytes)} of memory beside torch, {num_bytes(plan.checkpoint_bytes)} a checkpoint",
@@ -54,7 +56,8 @@ def step_line(done: StepDone, num_steps: int) -> str:
     skipped = "  SKIPPED: not finite" if done.skipped else ""
     return (
         f"step {done.step:>{len(str(num_steps))}}/{num_steps}  loss {done.loss:.4f}  lr {done.learning_rate:.2e}  grad {done.grad_norm:.2f}"
-        f"  {done.tokens_per_second:,.0f} tok/s  {done.peak_share:.0%} of peak  {duration(done.elapsed_s)} + {duration(done.eta_s)}{skipped}"
+        f"  {done.tokens_per_second:,.0f} tok/s  {done.peak_share:.0%} of peak"
+        f"  {duration(done.elapsed_s)} + {duration(done.eta_s)}{skipped}"
     )
 
 
@@ -77,7 +80,9 @@ def other_line(event: Event) -> str | None:
     if isinstance(event, Finished):
         val = f", held-out loss {event.val_loss:.4f}" if event.val_loss is not None else ""
         bits = f" = {event.val_bits_per_byte:.4f} bits/byte" if event.val_bits_per_byte is not None else ""
-        return f"done: {event.step} steps, {event.tokens_seen:,} tokens in {duration(event.elapsed_s)}{val}{bits}; the model is {event.path}"
+        return (
+            f"done: {event.step} steps, {event.tokens_seen:,} tokens in {duration(event.elapsed_s)}{val}{bits}; the model is {event.path}"
+        )
     return None
 
 
@@ -106,8 +111,8 @@ class _LineView:
         elif isinstance(event, StepDone):
             if event.step % self._log_every == 0 or event.step in (1, self._num_steps) or event.skipped:
                 self._shell.note(step_line(event, self._num_steps))
-        elif line := other_line(event):
-            self._shell.note(line)
+        elif text := other_line(event):
+            self._shell.note(text)
 
 
 class _LiveView:

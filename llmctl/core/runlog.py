@@ -1,6 +1,6 @@
 """A run folder: its lock, its stored settings, metrics.jsonl and status.json. Knows files; knows no model.
 
-    run/run.lock  config.toml  status.json  metrics.jsonl  step-00000500/ ...
+run/run.lock  config.toml  status.json  metrics.jsonl  step-00000500/ ...
 """
 
 import json
@@ -171,5 +171,3 @@ def _finite(value: Any) -> Any:
     if isinstance(value, float) and (value != value or value in (float("inf"), float("-inf"))):
         return None
     return value
-
-

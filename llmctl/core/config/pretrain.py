@@ -20,7 +20,9 @@ class PretrainConfig:
     val_data: Path | None = option(
         None, "Folder of token shards to evaluate on, instead of the validation split of --data.", metavar="DIR", panel=_MODEL
     )
-    out_dir: Path | None = option(None, "Run folder to create: checkpoints, metrics, status.", "-o", "--output-dir", metavar="DIR", panel=_MODEL)
+    out_dir: Path | None = option(
+        None, "Run folder to create: checkpoints, metrics, status.", "-o", "--output-dir", metavar="DIR", panel=_MODEL
+    )
     depth: int | None = option(
         None,
         "Size dial: number of layers; width, heads and the rest follow from it. [default: 4, without --model and --model-config]",
@@ -28,7 +30,9 @@ class PretrainConfig:
         maximum=512,
         panel=_MODEL,
     )
-    model_config: Path | None = option(None, "Architecture as a Hugging Face config.json; weights start at random.", metavar="FILE", panel=_MODEL)
+    model_config: Path | None = option(
+        None, "Architecture as a Hugging Face config.json; weights start at random.", metavar="FILE", panel=_MODEL
+    )
     model: str | None = option(None, "Model whose weights to go on from: a folder, .gguf file, or hub id.", "-m", panel=_MODEL)
     family: str = option("qwen3", "Family of a new model made with --depth.", choices=("qwen3", "llama", "gpt2"), panel=_MODEL)
     seq_len: int = option(256, "Tokens in a training sequence.", "--max-seq-length", minimum=2, panel=_MODEL)
@@ -47,7 +51,9 @@ class PretrainConfig:
         None, "Sequences in one forward and backward pass. [default: as many as make 8192 tokens]", minimum=1, panel=_BUDGET
     )
 
-    optimizer: str = option("muon", "Muon for hidden matrices and AdamW for the rest, or AdamW alone.", choices=("muon", "adamw"), panel=_OPTIM)
+    optimizer: str = option(
+        "muon", "Muon for hidden matrices and AdamW for the rest, or AdamW alone.", choices=("muon", "adamw"), panel=_OPTIM
+    )
     learning_rate: float = option(3e-3, "Peak learning rate of AdamW.", "--lr", above=0, panel=_OPTIM)
     muon_learning_rate: float = option(0.02, "Peak learning rate of Muon.", above=0, panel=_OPTIM)
     weight_decay: float = option(0.1, "Decoupled weight decay, on matrices only.", minimum=0, panel=_OPTIM)
@@ -56,7 +62,10 @@ class PretrainConfig:
     muon_momentum: float = option(0.95, "Muon: momentum.", minimum=0, below=1, panel=_OPTIM)
     clip: float = option(1.0, "Largest norm of the gradient; 0 turns clipping off.", minimum=0, panel=_OPTIM)
     schedule: str = option(
-        "linear", "After the warm-up: fall along a cosine, on a line, or stay and fall at the end.", choices=("cosine", "linear", "wsd"), panel=_OPTIM
+        "linear",
+        "After the warm-up: fall along a cosine, on a line, or stay and fall at the end.",
+        choices=("cosine", "linear", "wsd"),
+        panel=_OPTIM,
     )
     warmup_steps: int | None = option(None, "Steps of linear warm-up. [default: 2 % of the steps, at most 200]", minimum=0, panel=_OPTIM)
     decay_fraction: float = option(0.2, "wsd: the part of the steps over which the rate falls.", above=0, maximum=1, panel=_OPTIM)
@@ -65,8 +74,12 @@ class PretrainConfig:
     eval_every: int | None = option(
         None, "Steps between evaluations; 0 evaluates at the end only. [default: a tenth of the run]", minimum=0, panel=_RUN
     )
-    eval_tokens: int | None = option(None, "Evaluate on at most so many tokens. [default: 65536, and 4194304 at the end]", minimum=1, panel=_RUN)
-    sample_every: int | None = option(None, "Steps between sample texts; 0 turns them off. [default: as --eval-every]", minimum=0, panel=_RUN)
+    eval_tokens: int | None = option(
+        None, "Evaluate on at most so many tokens. [default: 65536, and 4194304 at the end]", minimum=1, panel=_RUN
+    )
+    sample_every: int | None = option(
+        None, "Steps between sample texts; 0 turns them off. [default: as --eval-every]", minimum=0, panel=_RUN
+    )
     sample_prompt: str = option("", "Beginning of the sample texts.", panel=_RUN)
     sample_tokens: int = option(64, "Tokens of a sample text.", minimum=1, panel=_RUN)
     save_every: int | None = option(
@@ -79,11 +92,15 @@ class PretrainConfig:
     auto_resume: bool = option(False, "Go on if there is a checkpoint, otherwise start afresh and say so.", panel=_RUN)
     allow_change: tuple[str, ...] = option((), "A setting that may differ from the resumed run's.", metavar="KEY", panel=_RUN)
     nonfinite: str = option("stop", "On a loss or gradient that is not finite: stop, or skip:K to leave out up to K steps.", panel=_RUN)
-    on_full: str = option("fail", "When the disk is full at a save: fail, or wait for room and try again.", choices=("fail", "wait"), panel=_RUN)
+    on_full: str = option(
+        "fail", "When the disk is full at a save: fail, or wait for room and try again.", choices=("fail", "wait"), panel=_RUN
+    )
     dry_run: bool = option(False, "Show the plan and stop before the first step.", panel=_RUN)
 
     device: str = option("auto", "Where to train.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
-    dtype: str = option("auto", "Arithmetic; float32 masters are kept either way.", "--precision", choices=("auto", "bf16", "f32"), panel=_MACHINE)
+    dtype: str = option(
+        "auto", "Arithmetic; float32 masters are kept either way.", "--precision", choices=("auto", "bf16", "f32"), panel=_MACHINE
+    )
     threads: int | None = option(None, "CPU threads. [default: as torch chooses]", minimum=1, maximum=1024, panel=_MACHINE)
 
     def __post_init__(self) -> None:

@@ -290,7 +290,7 @@ class Trainer:
             if stop() is not None:
                 return None
             part_loss = job.objective.loss(job.model, part, total_weight=max(1.0, total_weight))
-            part_loss.backward()
+            part_loss.backward()  # type: ignore[no-untyped-call]
             self.optimizer.collect()
             loss = part_loss.detach() if loss is None else loss + part_loss.detach()
         assert loss is not None

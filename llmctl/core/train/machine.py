@@ -52,13 +52,14 @@ def choose_device(name: str) -> torch.device:
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:
-    """The arithmetic of `--dtype auto|bf16|f32`: auto is bf16 where a matmul in it is faster, measured on a CPU."""
+    """The arithmetic of `--dtype auto|bf16|f32`: auto is bf16 on an accelerator and on CPUs that multiply in it."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "f32": torch.float32}[name]
     if device.type != "cpu":
         return torch.bfloat16
-    faster = matmul_peak(torch.bfloat16, device, budget_s=0.1) > 1.2 * matmul_peak(torch.float32, device, budget_s=0.1)
-    return torch.bfloat16 if faster else torch.float32
+    # Asked of the CPU rather than timed: a busy machine would give one answer today and another tomorrow.
+    capabilities = torch.cpu.get_capabilities()
+    return torch.bfloat16 if any(v is True for k, v in capabilities.items() if "bf16" in k) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
@@ -99,5 +100,3 @@ def memory_total_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return None
-
-

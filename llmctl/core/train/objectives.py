@@ -153,9 +153,7 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def _loss_and_gradient(
-    part: Tensor, targets: Tensor, multiplier: float, softcap: float | None, scale: float, wide: torch.dtype
-) -> Tensor:
+def _loss_and_gradient(part: Tensor, targets: Tensor, multiplier: float, softcap: float | None, scale: float, wide: torch.dtype) -> Tensor:
     """Summed loss of a few rows; `part`, their logits before multiplier and soft-cap, becomes `scale` times its gradient."""
     z = _shape_logits(part.to(wide, copy=True), multiplier, softcap)
     counted = targets != IGNORE

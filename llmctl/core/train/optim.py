@@ -59,7 +59,7 @@ class MasterOptimizer:
     ) -> None:
         self.config = config
         self.num_updates = 0
-        self._muon_dtype = torch.bfloat16 if master_dtype == torch.float32 else master_dtype
+        self._muon_dtype = compute_dtype  # a CPU without bf16 arithmetic emulates it, slower than float32
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._shared = compute_dtype == master_dtype
         self.masters: dict[str, Tensor] = {}
@@ -103,11 +103,7 @@ class MasterOptimizer:
         c = self.config
         matrices = [self.masters[n] for n in self._adamw_names if self.masters[n].ndim >= 2]
         vectors = [self.masters[n] for n in self._adamw_names if self.masters[n].ndim < 2]
-        groups = [
-            {"params": params, "weight_decay": decay}
-            for params, decay in ((matrices, c.weight_decay), (vectors, 0.0))
-            if params
-        ]
+        groups = [{"params": params, "weight_decay": decay} for params, decay in ((matrices, c.weight_decay), (vectors, 0.0)) if params]
         fused = self.masters[self._adamw_names[0]].device.type in ("cpu", "cuda", "mps")
         optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=fused)
         for name in self._adamw_names:
@@ -142,7 +138,7 @@ class MasterOptimizer:
     def clip(self) -> Tensor:
         """Scale the collected gradients to a norm of at most `config.clip`; give the norm before, as a 0-d tensor."""
         parts = [s.gradients for s in self._stacks] + [self._gradients[n] for n in self._adamw_names]
-        norm = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
+        norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
         if self.config.clip is not None:
             scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
             torch._foreach_mul_(parts, scale)

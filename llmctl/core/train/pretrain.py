@@ -21,7 +21,7 @@ from llmctl.core.config.stored import to_toml
 from llmctl.core.data.loader import EvalSource, PretrainSource
 from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import InputError, NotFoundError, UsageError
-from llmctl.core.files import check_out_dir
+from llmctl.core.files import check_manifest, check_out_dir
 from llmctl.core.model import Decoder
 from llmctl.core.model.facts import flops_per_token, num_parameters, tensor_shapes, training_memory
 from llmctl.core.model.shapes import shape_for_depth
@@ -34,6 +34,7 @@ from llmctl.core.train.events import Event, Planned, Warned
 from llmctl.core.train.loop import LoopConfig, Stop, Trainer, TrainJob
 from llmctl.core.train.objectives import NextToken
 from llmctl.core.train.optim import OptimConfig
+from llmctl.core.train.sampling import sampler
 from llmctl.core.train.schedule import Schedule
 
 SHAPING = (
@@ -58,9 +59,13 @@ SHAPING = (
     "final_lr_fraction",
 )
 """Settings that shape the course of a run, beside the resolved dtype and micro-batch: a resume compares them."""
+_SPLITS: tuple[Literal["val"], Literal["train"]] = ("val", "train")
 _BUDGET = ("max_steps", "max_tokens", "epochs", "max_time")
 
 _MICRO_BATCH_TOKENS = 8192
+_MANY_DOCUMENTS = 100
+_HASHED_BYTES = 4 << 30
+"""Data up to this size is checked against its hashes at each start; beyond, `llmctl tokenize verify` does it."""
 _EXPECTED_PEAK_SHARE = 0.5
 """Of the measured matmul peak, for the estimate of time."""
 
@@ -152,6 +157,7 @@ def _find_checkpoint(config: PretrainConfig) -> tuple[checkpoints.Checkpoint, li
 def _open_subject(config: PretrainConfig) -> _Subject:
     assert config.data is not None
     dataset = TokenDataset.open(config.data, split="train")
+    _check_hashes(dataset)
     tokenizer = dataset.tokenizer()
     source = PretrainSource(dataset, config.seq_len, config.seed)
     if source.samples_per_epoch < config.batch_size:
@@ -159,7 +165,8 @@ def _open_subject(config: PretrainConfig) -> _Subject:
             f"{config.data}: {dataset.num_tokens:,} tokens make {source.samples_per_epoch} sequences of {config.seq_len},"
             f" fewer than --batch-size {config.batch_size}; give more data, or a smaller --seq-len or --batch-size"
         )
-    base, generation = None, {}
+    base: Path | None = None
+    generation: dict[str, Any] = {}
     if config.model is not None:
         base = resolve_model(config.model)
         if base.suffix == ".gguf":
@@ -179,11 +186,17 @@ def _open_subject(config: PretrainConfig) -> _Subject:
     return _Subject(dataset, source, tokenizer, architecture, family, base, generation, held_out)
 
 
+def _check_hashes(dataset: TokenDataset) -> None:
+    """Compare the folder's files with its manifest, where that takes seconds; sizes are checked in any case."""
+    if sum(path.stat().st_size for path in dataset.directory.iterdir()) <= _HASHED_BYTES:
+        check_manifest(dataset.directory, hashes=True)
+
+
 def _open_held_out(config: PretrainConfig, dataset: TokenDataset) -> TokenDataset | None:
     if config.val_data is not None:
-        for split in ("val", "train"):
+        for split in _SPLITS:
             try:
-                held_out = TokenDataset.open(config.val_data, split=cast(Literal["train", "val"], split))
+                held_out = TokenDataset.open(config.val_data, split=split)
                 break
             except NotFoundError:
                 if split == "train":
@@ -331,7 +344,8 @@ def _run(
     free = shutil.disk_usage(run.path).free
     if free < 2 * trainer.checkpoint_bytes:
         yield Warned(
-            message=f"{run.path}: {free:,} bytes are free, two checkpoints need {2 * trainer.checkpoint_bytes:,}; a save may fail for lack of room"
+            message=f"{run.path}: {free:,} bytes are free, two checkpoints need {2 * trainer.checkpoint_bytes:,};"
+            " a save may fail for lack of room"
         )
     yield from trainer.events(stop, save_requested)
 
@@ -408,7 +422,13 @@ def _make_job(
         resume_command=f"llmctl pretrain --out-dir {shlex.quote(str(config.out_dir))} --resume",
         hidden_matrices=tuple(n for n, p in model.named_parameters() if _is_hidden_matrix(n, p.ndim)),
         held_out=_held_out(config, subject, choice),
-        sample=None,
+        sample=sampler(
+            subject.tokenizer,
+            prompt=config.sample_prompt,
+            max_new_tokens=config.sample_tokens,
+            seed=config.seed,
+            documents=subject.dataset.num_documents >= _MANY_DOCUMENTS,
+        ),
         resume=checkpoint,
         allow_change=config.allow_change,
         flops_per_token=flops_per_token(architecture, config.seq_len),

@@ -1,8 +1,8 @@
 """Training checkpoints: saved whole or not at all, found again, checked, compared. Knows files; knows no loop.
 
-    step-00000500/  a model directory with float32 masters
-        trainer/    optimizer.safetensors  rng.safetensors  state.json
-        manifest.json
+step-00000500/  a model directory with float32 masters
+    trainer/    optimizer.safetensors  rng.safetensors  state.json
+    manifest.json
 """
 
 import errno
@@ -97,7 +97,7 @@ def newest_good(run_dir: Path) -> tuple[Checkpoint | None, list[str]]:
 
     None means that there is no checkpoint folder at all. Raises InputError when there are some and all are bad.
     """
-    warnings = []
+    warnings: list[str] = []
     folders = step_folders(run_dir)
     for folder in reversed(folders):
         try:
@@ -203,7 +203,7 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
 
 def _rng_tensors() -> dict[str, Tensor]:
     tensors = {"torch_cpu": torch.get_rng_state()}
-    if torch.cuda.is_available() and torch.cuda.is_initialized():
+    if torch.cuda.is_available():
         tensors["torch_cuda"] = torch.cuda.get_rng_state()
     return tensors
 

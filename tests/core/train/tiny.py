@@ -16,7 +16,11 @@ VOCAB_SIZE = 512
 def text(num_words: int, seed: int = 0) -> str:
     """Words drawn from a small grammar, so that a tiny model learns something in a few steps."""
     rng = np.random.default_rng(seed)
-    subjects, verbs, things = "the king,a fox,my child,the queen".split(","), "sees,takes,finds,wants".split(","), "gold,bread,a crown,home".split(",")
+    subjects, verbs, things = (
+        ["the king", "a fox", "my child", "the queen"],
+        ["sees", "takes", "finds", "wants"],
+        ["gold", "bread", "a crown", "home"],
+    )
     pick = rng.integers(0, 4, size=(num_words // 4, 3))
     return "".join(f"{subjects[a]} {verbs[b]} {things[c]}.\n" for a, b, c in pick)
 
@@ -33,9 +37,7 @@ def make_tokenizer() -> Tokenizer:
     noise = " ".join("".join(rng.choice(letters, size=6)) for _ in range(3000))
     backend.train_from_iterator([text(4000), noise], trainer)
     assert backend.get_vocab_size() == VOCAB_SIZE
-    return Tokenizer.from_parts(
-        backend, bos="<|endoftext|>", eos="<|endoftext|>", pad=None, chat_template=None, model_max_length=None
-    )
+    return Tokenizer.from_parts(backend, bos="<|endoftext|>", eos="<|endoftext|>", pad=None, chat_template=None, model_max_length=None)
 
 
 def make_packed(directory: Path, *, num_words: int = 8000, val_words: int = 800, seed: int = 0) -> Path:
