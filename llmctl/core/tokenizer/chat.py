@@ -6,6 +6,7 @@ where the template wrote it. The text is cut there, the marks are taken out, and
 """
 
 import dataclasses
+from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -150,10 +151,8 @@ class ChatEncoder:
         try:
             whole, _ = self._render(upto, prompt=False)
             if text.startswith(whole):
-                last = None
-                for last in pattern.finditer(whole, start):
-                    pass
-                return last.end() if last is not None else len(whole)
+                ends = [match.end() for match in pattern.finditer(whole, start)]
+                return ends[-1] if ends else len(whole)
         except InputError:
             pass
         content = _content(message)  # an earlier answer is shown otherwise than the last (its reasoning left out)
@@ -257,8 +256,6 @@ class _Marker:
         marks = [place for place, char in enumerate(text) if char == mark]
 
         def place_of(place: int) -> int:
-            from bisect import bisect_left
-
             return place - bisect_left(marks, place)
 
         clean = text.replace(mark, "")

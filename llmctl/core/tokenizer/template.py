@@ -19,6 +19,7 @@ from datetime import datetime
 from typing import Any
 
 import jinja2
+import jinja2.exceptions
 import jinja2.ext
 import jinja2.nodes
 import jinja2.sandbox
@@ -38,21 +39,22 @@ _MAX_INTEGER_BITS = 4096
 _WIDE = re.compile(r"\d{4}|\*")
 """A width in a format string that could make a long text of nothing."""
 
+_STR_METHODS = """
+    capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal isdigit isidentifier
+    islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace
+    rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill
+"""
 _METHODS: dict[type, frozenset[str]] = {
-    str: frozenset(
-        "capitalize casefold center count endswith expandtabs find format index isalnum isalpha isascii isdecimal isdigit isidentifier "
-        "islower isnumeric isprintable isspace istitle isupper join ljust lower lstrip partition removeprefix removesuffix replace "
-        "rfind rindex rjust rpartition rsplit rstrip split splitlines startswith strip swapcase title upper zfill".split()
-    ),
+    str: frozenset(_STR_METHODS.split()),
     dict: frozenset(("get", "items", "keys", "values", "copy")),
     list: frozenset(("index", "count", "copy")),
     tuple: frozenset(("index", "count")),
 }
-_FILTERS = (
-    "abs capitalize center count d default dictsort e escape first float format groupby indent int items join last length list lower "
-    "map max min reject rejectattr replace reverse round safe select selectattr slice sort string sum title trim truncate unique "
-    "upper urlencode wordcount"
-).split()
+_FILTERS = """
+    abs capitalize center count d default dictsort e escape first float format groupby indent int items join last length list lower
+    map max min reject rejectattr replace reverse round safe select selectattr slice sort string sum title trim truncate unique
+    upper urlencode wordcount
+"""
 _REFUSED = (jinja2.nodes.Include, jinja2.nodes.Import, jinja2.nodes.FromImport, jinja2.nodes.Extends, jinja2.nodes.Block)
 
 
@@ -85,7 +87,7 @@ class _Meter:
         """The length of `value` written out, roughly and at least; what is shared counts each time."""
         if isinstance(value, str):
             return len(value)
-        total = 0
+        total = num_steps = 0
         waiting = [value]
         while waiting:
             item = waiting.pop()
@@ -100,6 +102,9 @@ class _Meter:
                 waiting.extend(item)
             else:
                 total += 4
+            num_steps += 1
+            if num_steps % 4096 == 0:
+                self.tick()
             if total + len(waiting) > MAX_CHARS:
                 raise _Limit(f"it makes a value of more than {MAX_CHARS:,} characters")
         return total
@@ -227,14 +232,15 @@ def _check_replace(text: Any, old: Any, new: Any) -> None:
 
 
 def _joined(meter: _Meter, separator: Any, items: Any) -> list[Any]:
-    items = _bounded_list(items)
-    meter.charge(meter.weigh(items) + len(items) * len(str(separator)))
-    return items
+    parts = _bounded_list(items)
+    meter.charge(meter.weigh(parts) + len(parts) * len(str(separator)))
+    return parts
 
 
 def _bounded_list(items: Any) -> list[Any]:
     """`items` as a list, with an eye on the clock and the number."""
-    meter, result = _meter(), []
+    meter = _meter()
+    result: list[Any] = []
     for item in items:
         result.append(item)
         if len(result) % 256 == 0:
@@ -278,7 +284,7 @@ class _Namespace(jinja2.utils.Namespace):
     @staticmethod
     def _check(name: Any) -> None:
         if isinstance(name, str) and name.startswith("_"):
-            raise jinja2.sandbox.SecurityError(f"a namespace cannot hold the name {name!r}")
+            raise jinja2.exceptions.SecurityError(f"a namespace cannot hold the name {name!r}")
 
 
 def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
@@ -288,7 +294,7 @@ def _make_dict(*args: Any, **kwargs: Any) -> dict[Any, Any]:
 class _Generation(jinja2.ext.Extension):
     """`{% generation %}` marks what the assistant says. The places are noted, as transformers' AssistantTracker does."""
 
-    tags = frozenset(("generation",))
+    tags = {"generation"}  # noqa: RUF012 (jinja2 declares it as a set)
 
     def parse(self, parser: Any) -> Any:
         line = next(parser.stream).lineno
@@ -318,7 +324,7 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
         return super().is_safe_attribute(obj, attr, value)
 
     def unsafe_undefined(self, obj: Any, attribute: str) -> Any:
-        raise jinja2.sandbox.SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
+        raise jinja2.exceptions.SecurityError(f"access to {attribute!r} of a {type(obj).__name__} is not allowed")
 
     def getattr(self, obj: Any, attribute: str) -> Any:
         # An item of that name wins where the attribute is refused: a message may have a key "count" or "pop".
@@ -341,7 +347,8 @@ class _Sandbox(jinja2.sandbox.ImmutableSandboxedEnvironment):
             _check_printf(left, right)
         return super().call_binop(context, operator, left, right)
 
-    def call(_self, _context: Any, _obj: Any, *args: Any, **kwargs: Any) -> Any:  # noqa: N805 (a keyword may be called self)
+    # Underscored, so that a template's keyword argument may be called `self`.
+    def call(_self, _context: Any, _obj: Any, *args: Any, **kwargs: Any) -> Any:
         meter = _meter()
         meter.tick()
         owner = getattr(_obj, "__self__", None)
@@ -395,7 +402,7 @@ def _check_method(meter: _Meter, owner: str, name: str, args: tuple[Any, ...]) -
 def _environment() -> _Sandbox:
     environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
     known = dict(environment.filters)
-    filters = {name: _charged(known[name]) for name in _FILTERS}
+    filters = {name: _charged(known[name]) for name in _FILTERS.split()}
     filters |= {
         "center": _checking(known["center"], lambda text, width=80: _check_count(width)),
         "format": _checking(known["format"], _check_printf),
@@ -488,7 +495,7 @@ class ChatTemplate:
                     raise _Limit(f"it writes more than {MAX_CHARS:,} characters")
         except _Limit as error:
             raise InputError(f"the chat template was stopped: {error}") from error
-        except jinja2.sandbox.SecurityError as error:
+        except jinja2.exceptions.SecurityError as error:
             raise InputError(f"the chat template is unsafe: {error}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
             raise InputError(f"the chat template refused these messages: {error}") from error

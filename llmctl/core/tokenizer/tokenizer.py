@@ -443,8 +443,8 @@ def _not_text(error: TypeError) -> InputError:
 
 
 def _is_special(backend: tokenizers.Tokenizer, token: str) -> bool:
-    added = backend.get_added_tokens_decoder().get(backend.token_to_id(token))
-    return added is not None and bool(added.special)
+    added = backend.get_added_tokens_decoder().values()
+    return any(entry.special and entry.content == token for entry in added)
 
 
 def _state(component: Any) -> dict[str, Any]:

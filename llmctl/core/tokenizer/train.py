@@ -43,11 +43,11 @@ _REPORT_BYTES = 16 << 20
 
 @dataclass(frozen=True)
 class CorpusRead:
-    """Progress of reading: what was seen so far, and how much of it the sample holds."""
+    """Progress of reading: what was seen so far, and how much of it the sample holds. After the last one comes the training."""
 
-    num_documents: int
     num_bytes: int
     sample_bytes: int
+    is_last: bool = False
 
 
 @dataclass(frozen=True)
@@ -60,7 +60,6 @@ class TokenizerTrained:
 
     tokenizer: Tokenizer
     vocab_size: int
-    num_documents: int
     num_bytes: int
     sample_bytes: int
     heldout_bytes: int
@@ -70,7 +69,7 @@ class TokenizerTrained:
 
 
 def train_tokenizer(
-    documents: Iterable[str],
+    texts: Iterable[str],
     *,
     vocab_size: int,
     model: str = "bpe",
@@ -82,7 +81,7 @@ def train_tokenizer(
     min_frequency: int = 2,
     seed: int = 0,
 ) -> Iterator[CorpusRead | TokenizerTrained]:
-    """Train a byte-level tokenizer; the events end with TokenizerTrained.
+    """Train a byte-level tokenizer on `texts`, documents or parts of them; the events end with TokenizerTrained.
 
     `model` is "bpe" or "word" (whole words, and bytes for all others); `pattern` is the pre-tokenisation, "gpt2" or
     "llama3". `vocab_size` counts the 256 bytes and the special tokens: `<|endoftext|>` (bos, eos and pad), with `chat`
@@ -95,15 +94,15 @@ def train_tokenizer(
         raise UsageError(f"--vocab-size {vocab_size}: at least {needed} are needed, for 256 bytes and {len(specials)} special tokens")
     sample = _Sample(sample_bytes, seed=seed)
     num_reported = 0
-    for document in documents:
-        sample.add(document)
+    for text in texts:
+        sample.add(text)
         if sample.num_bytes - num_reported >= _REPORT_BYTES:
             num_reported = sample.num_bytes
-            yield CorpusRead(sample.num_documents, sample.num_bytes, sample.kept_bytes)
-    yield CorpusRead(sample.num_documents, sample.num_bytes, sample.kept_bytes)
+            yield CorpusRead(sample.num_bytes, sample.kept_bytes)
+    yield CorpusRead(sample.num_bytes, sample.kept_bytes, is_last=True)
     training, heldout = sample.split()
     if not any(piece.strip() for piece in training):
-        raise InputError(f"the corpus has no text to train on ({sample.num_documents:,} documents, {sample.num_bytes:,} bytes)")
+        raise InputError(f"the corpus has no text to train on ({sample.num_bytes:,} bytes were read)")
     num_ordinary = vocab_size - len(specials)
     build = {"bpe": _train_bpe, "word": _train_words}[model]
     backend = build([part for piece in training for part in _short_runs(piece)], num_ordinary, pattern, min_frequency)
@@ -116,7 +115,6 @@ def train_tokenizer(
     yield TokenizerTrained(
         tokenizer=tokenizer,
         vocab_size=tokenizer.vocab_size,
-        num_documents=sample.num_documents,
         num_bytes=sample.num_bytes,
         sample_bytes=sample.kept_bytes,
         heldout_bytes=measured_bytes,
@@ -143,7 +141,6 @@ class _Sample:
 
     budget_bytes: int
     seed: int = field(kw_only=True)
-    num_documents: int = 0
     num_bytes: int = 0
     kept_bytes: int = 0
     _num_pieces: int = 0
@@ -152,9 +149,8 @@ class _Sample:
     _heap: list[tuple[int, int, int, str]] = field(default_factory=list)
     """(-key, number, bytes, piece): the highest key on top."""
 
-    def add(self, document: str) -> None:
-        self.num_documents += 1
-        for piece in _pieces(document):
+    def add(self, text: str) -> None:
+        for piece in _pieces(text):
             num_bytes = len(piece.encode("utf-8"))
             self.num_bytes += num_bytes
             number, self._num_pieces = self._num_pieces, self._num_pieces + 1

@@ -1,0 +1,26 @@
+"""What `--tokenizer` may name. Loads no torch for a folder or a tokenizer.json: a tokenizer needs none."""
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmctl.core.errors import NotFoundError
+
+if TYPE_CHECKING:
+    from llmctl.core.tokenizer import Tokenizer
+
+
+def open_tokenizer(reference: str) -> "Tokenizer":
+    """The tokenizer of a folder, a tokenizer.json, or of whatever `--model` takes.
+
+    Raises NotFoundError and InputError as Tokenizer.load and checkpoint.resolve_model do.
+    """
+    from llmctl.core.tokenizer import Tokenizer
+
+    path = Path(reference)
+    if path.is_dir() or (path.is_file() and path.suffix != ".gguf"):
+        return Tokenizer.load(path)
+    if path.suffix == ".json":
+        raise NotFoundError(f"--tokenizer {reference}: no such file")
+    from llmctl.core.checkpoint import load_tokenizer, resolve_model
+
+    return load_tokenizer(resolve_model(reference))
