@@ -58,7 +58,7 @@ class EvaluateConfig:
     num_fewshot: int = option(0, "Solved examples before each question.", minimum=0, maximum=1000, panel=_TASKS)
     seed: int = option(1234, "Seed of the choice of few-shot examples.", minimum=0, maximum=2**63 - 1, panel=_TASKS)
 
-    output: Path | None = option(None, "Write the results as JSON to this file.", "-o", metavar="FILE", panel=_OUT)
+    output: Path | None = option(None, "Write the results as JSON to this file; `-` is stdout, instead of the table.", "-o", metavar="FILE", panel=_OUT)
     log_samples: Path | None = option(None, "Write one JSON line an item: prompt, choices, scores, verdict.", metavar="FILE", panel=_OUT)
     overwrite: bool = option(False, "Replace the files of --output and --log-samples if they exist.", panel=_OUT)
     fail_under: tuple[str, ...] = option(
@@ -96,6 +96,8 @@ class EvaluateConfig:
             raise UsageError(f"--tasks {','.join(names)}: a task is named twice")
         if self.output is not None and self.output == self.log_samples:
             raise UsageError(f"--output and --log-samples are both {self.output}; give them two names")
+        if self.log_samples == Path("-"):
+            raise UsageError("--log-samples -: stdout is for the results; name a file")
         if self.log_samples is not None and not names:
             raise UsageError("--log-samples: needs --tasks; texts have no items")
         self.gates  # noqa: B018 - checked here, while nothing has been created

@@ -8,7 +8,7 @@ bits_per_byte = sum / ln 2 / UTF-8 bytes of the scored tokens, which numbers of 
 import hashlib
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
@@ -36,15 +36,11 @@ class Tokens(Protocol):
 
 @dataclass(frozen=True)
 class Document:
-    """Tokens to score, the first of which is context only, and the UTF-8 bytes of the others.
-
-    `num_bytes` None says that the bytes are those of the tokens that stand for any, and that only these tokens are charged
-    for them: packed data hold end-of-text marks.
-    """
+    """Tokens to score, the first of which is context only, and the UTF-8 bytes that the others stand for."""
 
     name: str
     ids: Tokens
-    num_bytes: int | None
+    num_bytes: int
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,7 @@ class Definition:
 
     def __str__(self) -> str:
         if self.whole_stream:
-            start = "one stream of packed documents; the first token is not scored; bits per byte leave out tokens without bytes"
+            start = "one stream of packed documents, end-of-text marks scored too; the first token is not scored"
         elif self.bos is None:
             start = "no BOS: the first token of a document is not scored, nor is an end-of-text"
         else:
@@ -71,7 +67,7 @@ class Definition:
 
 @dataclass(frozen=True)
 class _Sums:
-    """Totals over windows. `byte_nll` is the part of `nll` that tokens with bytes make."""
+    """Counts over documents and windows."""
 
     num_documents: int = 0
     num_tokens: int = 0
@@ -79,8 +75,6 @@ class _Sums:
     num_bytes: int = 0
     num_windows: int = 0
     num_reused: int = 0
-    nll: float = 0.0
-    byte_nll: float = 0.0
 
     def __add__(self, other: "_Sums") -> "_Sums":
         pairs = zip(vars(self).values(), vars(other).values(), strict=True)
@@ -96,31 +90,26 @@ def score_text(
     batch_size: int,
     progress: Progress,
     stop: Callable[[], None],
-    token_bytes: np.ndarray | None = None,
 ) -> Iterator[Progressed | TextScored]:
     """Score `documents` and end with their TextScored. `stop` is called between batches and may raise.
 
-    `token_bytes` (vocabulary,) says which tokens stand for text; needed for documents without `num_bytes`. Raises
-    InputError when there is nothing to score, NonFiniteError for broken weights.
+    Raises InputError when there is nothing to score, NonFiniteError for broken weights.
     """
     sums = _Sums()
-    nlls: list[tuple[float, float]] = []
-    for piece, values in _pieces(model, documents, definition, batch_size, progress, stop, token_bytes):
+    nlls: list[float] = []
+    for piece, values in _pieces(model, documents, definition, batch_size, progress, stop):
         sums += piece
         nlls += values
         yield Progressed(name=name, num_done=sums.num_windows, num_total=None)
     if not sums.num_scored or not sums.num_bytes:
         raise InputError(f"{name}: nothing to score; a document needs at least {1 if definition.bos else 2} tokens")
-    sums = replace(sums, nll=math.fsum(nll for nll, _ in nlls), byte_nll=math.fsum(nll for _, nll in nlls))
-    yield _result(name, sums, definition)
+    yield _result(name, sums, math.fsum(nlls), definition)
 
 
 def combine(name: str, results: Sequence[TextScored], definition: Definition) -> TextScored:
     """The result over several texts, as if they had been one list of documents."""
-    bits = {result.name: next(metric.value for metric in result.metrics if metric.name == "bits_per_byte") for result in results}
     sums = _Sums()
     for result in results:
-        byte_nll = bits[result.name] * result.num_scored_bytes * math.log(2)
         sums += _Sums(
             result.num_documents,
             result.num_tokens,
@@ -128,15 +117,13 @@ def combine(name: str, results: Sequence[TextScored], definition: Definition) ->
             result.num_scored_bytes,
             result.num_windows,
             result.num_reused,
-            result.nll_nats,
-            byte_nll,
         )
-    return _result(name, sums, definition)
+    return _result(name, sums, math.fsum(result.nll_nats for result in results), definition)
 
 
-def _result(name: str, sums: _Sums, definition: Definition) -> TextScored:
-    mean = sums.nll / sums.num_scored
-    values = (exp_or_inf(mean), sums.byte_nll / math.log(2) / sums.num_bytes, mean)
+def _result(name: str, sums: _Sums, nll: float, definition: Definition) -> TextScored:
+    mean = nll / sums.num_scored
+    values = (exp_or_inf(mean), nll / math.log(2) / sums.num_bytes, mean)
     metrics = tuple(Metric(key, value, None, higher_is_better=False) for key, value in zip(TEXT_METRICS, values, strict=True))
     return TextScored(
         name=name,
@@ -146,7 +133,7 @@ def _result(name: str, sums: _Sums, definition: Definition) -> TextScored:
         num_tokens=sums.num_tokens,
         num_scored_tokens=sums.num_scored,
         num_scored_bytes=sums.num_bytes,
-        nll_nats=sums.nll,
+        nll_nats=nll,
         context_size=definition.context_size,
         stride=definition.stride,
         bos=definition.bos,
@@ -172,28 +159,18 @@ def _pieces(
     batch_size: int,
     progress: Progress,
     stop: Callable[[], None],
-    token_bytes: np.ndarray | None,
-) -> Iterator[tuple[_Sums, list[tuple[float, float]]]]:
-    """Counts and (nll, byte nll) pairs, a stretch of documents or a batch at a time."""
+) -> Iterator[tuple[_Sums, list[float]]]:
+    """Counts and windows' negative log-likelihoods, a document or a batch at a time."""
     waiting: list[_Job] = []
     for number, document in enumerate(documents):
-        yield _counts(document, token_bytes), []
-        for window in windows(len(document.ids), context_size=definition.context_size, stride=definition.stride):
+        length = len(document.ids)
+        yield _Sums(num_documents=1, num_tokens=length, num_scored=max(length - 1, 0), num_bytes=document.num_bytes), []
+        for window in windows(length, context_size=definition.context_size, stride=definition.stride):
             waiting.append(_job(document, number, window))
             if len(waiting) == batch_size * _READ_AHEAD_BATCHES:
-                yield from _batches(model, waiting, batch_size, progress, stop, token_bytes)
+                yield from _batches(model, waiting, batch_size, progress, stop)
                 waiting = []
-    yield from _batches(model, waiting, batch_size, progress, stop, token_bytes)
-
-
-def _counts(document: Document, token_bytes: np.ndarray | None) -> _Sums:
-    num_bytes = document.num_bytes
-    if num_bytes is None:
-        assert token_bytes is not None
-        num_bytes = 0
-        for start in range(1, len(document.ids), 1 << 20):
-            num_bytes += int(token_bytes[np.asarray(document.ids[start : start + (1 << 20)], dtype=np.int64)].sum())
-    return _Sums(num_documents=1, num_tokens=len(document.ids), num_scored=max(len(document.ids) - 1, 0), num_bytes=num_bytes)
+    yield from _batches(model, waiting, batch_size, progress, stop)
 
 
 def _job(document: Document, number: int, window: Window) -> _Job:
@@ -203,29 +180,17 @@ def _job(document: Document, number: int, window: Window) -> _Job:
 
 
 def _batches(
-    model: Decoder,
-    jobs: Sequence[_Job],
-    batch_size: int,
-    progress: Progress,
-    stop: Callable[[], None],
-    token_bytes: np.ndarray | None,
-) -> Iterator[tuple[_Sums, list[tuple[float, float]]]]:
+    model: Decoder, jobs: Sequence[_Job], batch_size: int, progress: Progress, stop: Callable[[], None]
+) -> Iterator[tuple[_Sums, list[float]]]:
     # The batches depend on the text alone, not on what is already done: a resumed run computes in the same shapes.
     ordered = sorted(jobs, key=lambda job: -len(job.ids))
     for start in range(0, len(ordered), batch_size):
         batch = ordered[start : start + batch_size]
-        known = [progress.get(job.unit) for job in batch]
-        reused = all(values is not None and len(values) == 2 for values in known)
+        known = [value for job in batch if (value := progress.get(job.unit)) is not None and len(value) == 1]
+        reused = len(known) == len(batch)
         if not reused:
             stop()
-            known = []
-            for job, scores in zip(batch, score_sequences(model, [j.ids for j in batch], [j.num_scored for j in batch]), strict=True):
-                nll = -scores.log_likelihood
-                if token_bytes is None:
-                    known.append([nll, nll])
-                else:
-                    has_bytes = token_bytes[np.array(job.ids[-job.num_scored :])] > 0
-                    known.append([nll, -float(scores.log_probabilities.numpy()[has_bytes].sum())])
-            progress.add([(job.unit, values) for job, values in zip(batch, known, strict=True) if values is not None])
-        pairs = [(values[0], values[1]) for values in known if values is not None]
-        yield _Sums(num_windows=len(batch), num_reused=len(batch) if reused else 0), pairs
+            scores = score_sequences(model, [job.ids for job in batch], [job.num_scored for job in batch])
+            known = [[-score.log_likelihood] for score in scores]
+            progress.add([(job.unit, value) for job, value in zip(batch, known, strict=True)])
+        yield _Sums(num_windows=len(batch), num_reused=len(batch) if reused else 0), [value[0] for value in known]

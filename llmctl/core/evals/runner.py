@@ -270,7 +270,6 @@ class _Job:
                     batch_size=self._config.batch_size,
                     progress=progress,
                     stop=self.check_stop,
-                    token_bytes=self._tokenizer.token_bytes() if source.whole_stream else None,
                 )
                 for event in events:
                     if isinstance(event, TextScored):

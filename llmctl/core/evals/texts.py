@@ -19,6 +19,7 @@ _MAX_LINE_BYTES = 64 << 20
 _MAX_TEXT_BYTES = 1 << 30
 """A document is tokenised whole, which takes many times its size in memory."""
 _READ_BYTES = 1 << 20
+_READ_TOKENS = 1 << 20
 
 
 class Text(Protocol):
@@ -150,7 +151,11 @@ class ShardText:
                 f"{self._dataset.directory}: packed with another tokenizer (fingerprint {self._dataset.tokenizer_fingerprint[:12]}, "
                 f"the model's is {tokenizer.fingerprint[:12]}); pack the text again with the model's"
             )
-        yield Document(self.name, _Stream(self._dataset, self._num_tokens()), None)
+        stream = _Stream(self._dataset, self._num_tokens())
+        lengths, num_bytes = tokenizer.token_bytes(), 0
+        for start in range(1, len(stream), _READ_TOKENS):
+            num_bytes += int(lengths[stream[start : start + _READ_TOKENS]].sum(dtype=np.int64))
+        yield Document(self.name, stream, num_bytes)
 
     def _num_tokens(self) -> int:
         dataset = self._dataset
