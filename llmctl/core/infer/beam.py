@@ -132,7 +132,7 @@ def beam_search(
         done=[((), _NEVER, False)] * k,
     )
     logits = np.repeat(_feed(executor, prompt_ids, chunk_tokens), k, axis=0)  # (k, V)
-    slots = [0] + list(range(1, k))
+    slots = list(range(k))
     while True:
         log_probs = _log_probs(logits[:, :num_choices], prompt_ids, search.open_tokens, params)
         parents, goes_on = search.advance(log_probs)
@@ -174,7 +174,10 @@ def _log_probs(
             raise NonFiniteError(f"the model produced NaN or infinity at token {len(text)}: {error}; check its weights") from error
     log_probs = log_softmax(logits)
     if params.repetition_penalty != 1:
-        rows = [penalise(row, params.repetition_penalty, 0.0, 0.0, History((*prompt_ids, *text))) for row, text in zip(log_probs, texts, strict=True)]
+        rows = [
+            penalise(row, params.repetition_penalty, 0.0, 0.0, History((*prompt_ids, *text)))
+            for row, text in zip(log_probs, texts, strict=True)
+        ]
         log_probs = np.stack(rows)
     return log_probs.astype(np.float32, copy=False)
 

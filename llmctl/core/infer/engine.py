@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.errors import NonFiniteError
-from llmctl.core.infer.events import Event, Failed, Finished, Request, TokenOut, Warned
+from llmctl.core.infer.events import Event, Failed, Request, TokenOut, Warned
 from llmctl.core.infer.executor import Executor
 from llmctl.core.infer.sequence import TextTokenizer, TextUnderWay
 
@@ -178,7 +178,9 @@ class Engine:
             self._executor.copy_slot(best, to=slot, length=length)
             self._cached[slot] = list(text.tokens[:length])
             text.num_fed = length
-        return any(_common_length(other.tokens, text.tokens, limit) >= min(limit, text.num_fed + _MIN_SHARED) > text.num_fed for other in group)
+        return any(
+            _common_length(other.tokens, text.tokens, limit) >= min(limit, text.num_fed + _MIN_SHARED) > text.num_fed for other in group
+        )
 
     def _decode(self) -> Iterator[Event]:
         """One more token for every text whose prompt is in the cache."""
@@ -191,7 +193,9 @@ class Engine:
             self._note_fed(slot, text, 1)
             yield from self._choose(slot, text, logits[row])
 
-    def _step(self, group: list[tuple[int, TextUnderWay]], tokens: NDArray[np.int64], lengths: NDArray[np.int64] | None) -> NDArray[np.float32]:
+    def _step(
+        self, group: list[tuple[int, TextUnderWay]], tokens: NDArray[np.int64], lengths: NDArray[np.int64] | None
+    ) -> NDArray[np.float32]:
         positions = np.array([text.num_fed for _, text in group], dtype=np.int64)
         slots = np.array([slot for slot, _ in group], dtype=np.int64)
         return self._executor.step(tokens, positions, slots, lengths=lengths)
@@ -204,9 +208,9 @@ class Engine:
         try:
             token, piece, reason = text.choose(logits[: self._num_choices])
         except NonFiniteError as error:
-            request = text.request
+            where = f"token {text.num_new} of item {text.request.id}"
             raise NonFiniteError(
-                f"the model produced NaN or infinity at token {text.num_new} of item {request.id}: {error}; check its weights, or try --dtype float32"
+                f"the model produced NaN or infinity at {where}: {error}; check its weights, or try --dtype float32"
             ) from error
         yield TokenOut(
             id=text.request.id,

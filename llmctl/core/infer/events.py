@@ -64,6 +64,8 @@ class Failed:
     id: int | str
     sample_index: int
     error: str
+    line: int | None = None
+    """Where it came from, for one that failed before it was a request."""
 
 
 @dataclass(frozen=True, kw_only=True)

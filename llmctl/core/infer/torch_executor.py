@@ -37,9 +37,7 @@ class TorchExecutor:
             # doubling keeps the copies of a growing batch few
             capacity = old.capacity if capacity <= old.capacity else max(capacity, min(2 * old.capacity, self.max_positions))
         with memory_errors():
-            cache = KVCache(
-                self._model.config, num_slots=num_slots, capacity=capacity, dtype=self._model.dtype, device=self._model.device
-            )
+            cache = KVCache(self._model.config, num_slots=num_slots, capacity=capacity, dtype=self._model.dtype, device=self._model.device)
             if old is not None:
                 for new_tensor, old_tensor in zip((*cache.keys, *cache.values), (*old.keys, *old.values), strict=True):
                     new_tensor[: old.num_slots, :, : old.capacity] = old_tensor

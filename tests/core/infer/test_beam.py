@@ -72,11 +72,10 @@ def test_repetition_penalty_equals_transformers() -> None:
 def test_a_signal_gives_the_best_open_text() -> None:
     executor = TorchExecutor(pair("llama")[1].model)
     asked = iter(range(100))
-    *steps, beams = beam_search(
-        executor, PROMPT, BeamParams(num_beams=2), max_new_tokens=50, stop=lambda: 2 if next(asked) == 5 else None
-    )
+    *steps, beams = beam_search(executor, PROMPT, BeamParams(num_beams=2), max_new_tokens=50, stop=lambda: 2 if next(asked) == 5 else None)
     assert len(steps) == 6
-    assert isinstance(beams, tuple) and isinstance(steps[-1], BeamStep)
+    assert isinstance(beams, tuple)
+    assert isinstance(steps[-1], BeamStep)
     assert [beam.tokens for beam in beams] == [steps[-1].best]
 
 

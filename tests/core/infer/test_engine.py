@@ -144,7 +144,10 @@ def test_stop_strings_span_tokens_and_release_the_slot() -> None:
     request = requests(GREEDY)[1]
     (free,) = [e for e in engine("llama").run([request]) if isinstance(e, Finished)]
     stop = free.text[2:5]
-    wanted = [Request(id=1, prompt_ids=request.prompt_ids, max_new_tokens=12, params=GREEDY, stop=("never seen", stop)), requests(GREEDY)[2]]
+    wanted = [
+        Request(id=1, prompt_ids=request.prompt_ids, max_new_tokens=12, params=GREEDY, stop=("never seen", stop)),
+        requests(GREEDY)[2],
+    ]
     events = list(engine("llama").run(wanted))
     done = [e for e in events if isinstance(e, Finished)]
     assert (done[0].text, done[0].finish, done[0].stop) == (free.text[: free.text.index(stop)], "stop", stop)
@@ -178,7 +181,8 @@ def test_a_bad_request_fails_alone(prompt_ids: tuple[int, ...], max_new_tokens: 
     events = list(engine("gpt2").run([passed_on, bad, requests(GREEDY)[0]]))
     failed = [e for e in events if isinstance(e, Failed)]
     assert failed[0] == passed_on
-    assert failed[1].id == "bad" and words in failed[1].error
+    assert failed[1].id == "bad"
+    assert words in failed[1].error
     assert len(texts(events)) == 1
 
 

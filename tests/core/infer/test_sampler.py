@@ -100,7 +100,10 @@ def test_equal_to_the_processors_of_transformers(params: SamplingParams) -> None
     prompt = [3, 17, 17, 250, 499, 0]
     scores = torch.tensor(logits)[None]
     ids = torch.tensor([prompt])
-    chain = [logits_process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty), logits_process.TemperatureLogitsWarper(params.temperature)]
+    chain = [
+        logits_process.RepetitionPenaltyLogitsProcessor(params.repetition_penalty),
+        logits_process.TemperatureLogitsWarper(params.temperature),
+    ]
     if params.top_k is not None:
         chain.append(logits_process.TopKLogitsWarper(params.top_k))
     if params.top_p is not None:

@@ -35,7 +35,8 @@ def test_only_what_may_begin_a_stop_string_is_held_back() -> None:
     matcher = StopMatcher(["END"])
     assert [matcher.push(piece) for piece in ("the E", "N", "d E", "ND more")] == ["the ", "", "ENd ", ""]
     assert matcher.matched == "END"
-    assert matcher.push("more") == "" and matcher.finish() == ""
+    assert matcher.push("more") == ""
+    assert matcher.finish() == ""
 
 
 def test_an_empty_stop_string_is_refused() -> None:

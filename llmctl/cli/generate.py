@@ -1,0 +1,257 @@
+"""`llmctl generate`: reads prompts, draws the events of core.infer. Knows streams and flags; decides nothing about tokens."""
+
+import secrets
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from llmctl.cli.options import add_command
+from llmctl.cli.shell import Shell
+from llmctl.cli.signals import stop_flag
+from llmctl.cli.streams import decode_utf8, out, read_stdin, stdin_has_input, stdin_is_terminal
+from llmctl.core.config.generate import GenerateConfig
+from llmctl.core.errors import InputError, Interrupted, LlmctlError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    from llmctl.core.infer.generator import Generator
+
+BUILT_IN_MODEL = "storyteller"
+MAX_PROMPT_BYTES = 4 << 20
+
+_HELP = """Generate text from a prompt, from stdin, or for each row of a JSONL file.
+
+The prompt is the argument, or what is piped in, or both: piped text comes first, then a space, then the argument. One
+line break at the end of piped text or of a file does not count. The text goes to stdout as it is made."""
+_EPILOG = """Examples:  llmctl generate "Once upon a time"  ·  cat article.txt | llmctl generate "In three lines:"  ·
+llmctl generate -i prompts.jsonl -o answers.jsonl (run it again to go on after a stop)"""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    add_command(app, name="generate", command="generate", config=GenerateConfig, run=run, help=_HELP, epilog=_EPILOG)
+
+
+def run(config: GenerateConfig, shell: Shell) -> None:
+    """Run the command."""
+    if config.input is not None:
+        from llmctl.cli.generate_batch import run_job
+
+        run_job(config, shell)
+        return
+    text = read_prompt(config)
+    generator = open_generator(config, num_slots=min(config.num_samples, config.batch_size))
+    if config.num_beams > 1:
+        _search(config, shell, generator, text)
+    else:
+        _sample(config, shell, generator, text)
+
+
+def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
+    """Load what the flags name."""
+    template = None
+    if config.chat_template is not None:
+        template = decode_utf8(_read_file(config.chat_template, "--chat-template"), where=f"--chat-template {config.chat_template}")
+    from llmctl.core.infer.generator import Generator
+
+    return Generator.open(
+        config.model or BUILT_IN_MODEL,
+        tokenizer=config.tokenizer,
+        chat_template=template,
+        device=config.device,
+        dtype=config.dtype,
+        threads=config.threads,
+        num_slots=num_slots,
+        chat=config.chat,
+        system=config.system,
+        allow_special=config.allow_special,
+        truncate=config.truncate,  # type: ignore[arg-type]  # checked by its choices
+    )
+
+
+def read_prompt(config: GenerateConfig) -> str:
+    """The prompt: a file or piped stdin, and the argument after it. Raises UsageError when there is nothing."""
+    argument = config.text if config.text is not None else config.prompt
+    pieces = []
+    if config.prompt_file is not None:
+        pieces.append(_as_text(_read_file(config.prompt_file, "--prompt-file"), where=f"--prompt-file {config.prompt_file}"))
+    if argument == "-" or (config.prompt_file is None and (stdin_has_input() or argument is None)):
+        if stdin_is_terminal() and argument is None:
+            raise UsageError('no prompt: give one as an argument, for instance llmctl generate "Once upon a time", or pipe it in')
+        pieces.append(_as_text(read_stdin(max_bytes=MAX_PROMPT_BYTES), where="stdin"))
+    if argument is not None and argument != "-":
+        pieces.append(_argument_text(argument))
+    prompt = " ".join(piece for piece in pieces if piece)
+    if not prompt:
+        raise UsageError("the prompt is empty; give some text as an argument or on stdin")
+    return prompt
+
+
+def _as_text(data: bytes, *, where: str) -> str:
+    text = decode_utf8(data, where=where)
+    return text.removesuffix("\n").removesuffix("\r") if text.endswith("\n") else text
+
+
+def _argument_text(argument: str) -> str:
+    """Bytes of the command line that are no UTF-8 come as lone surrogates."""
+    try:
+        argument.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise InputError(f"the prompt on the command line is not valid UTF-8 at character {error.start}") from error
+    return argument
+
+
+def _read_file(path: Path, flag: str) -> bytes:
+    try:
+        with open(path, "rb") as file:
+            data = file.read(MAX_PROMPT_BYTES + 1)
+    except FileNotFoundError as error:
+        raise NotFoundError(f"{flag} {path}: no such file") from error
+    except OSError as error:
+        raise UsageError(f"{flag} {path}: {(error.strerror or str(error)).lower()}") from error
+    if len(data) > MAX_PROMPT_BYTES:
+        raise InputError(f"{flag} {path}: more than {MAX_PROMPT_BYTES:,} bytes, the limit of a prompt")
+    return data
+
+
+def draw_seed() -> int:
+    """A seed for those who did not choose one; small enough to be typed again."""
+    return secrets.randbelow(1 << 32)
+
+
+def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> None:
+    from llmctl.core.infer.defaults import merged
+    from llmctl.core.infer.events import Failed, Finished, TokenOut, Warned
+
+    params = merged(generator.params, config.given_sampling())
+    seed = config.seed if config.seed is not None else draw_seed()
+    prompt = _prompt(config, shell, generator, text)
+    shell.detail(generator.description)
+    if params.is_greedy and config.num_samples > 1:
+        shell.warn("all samples will be equal: with --temperature 0 nothing is drawn at random")
+    if config.seed is None and not params.is_greedy:
+        shell.note(f"seed {seed}")
+    requests = [
+        generator.request_for(prompt, id=1, sample_index=index, seed=seed, stop=config.stop, params=params)
+        for index in range(config.num_samples)
+    ]
+    view = _View(config, shell, echo=text if config.echo else None)
+    with stop_flag() as stop:
+        for event in generator.engine.run(requests, stop=stop):
+            if isinstance(event, TokenOut):
+                view.token(event)
+            elif isinstance(event, Finished):
+                view.finished(event, seed=None if params.is_greedy else seed)
+            elif isinstance(event, Warned):
+                shell.warn(event.message)
+            elif isinstance(event, Failed):
+                raise LlmctlError(f"{event.error}; use a shorter prompt, fewer new tokens or a smaller model")
+        view.close(stop())
+
+
+def _search(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> None:
+    from llmctl.core.infer.beam import BeamParams
+    from llmctl.core.infer.events import Finished
+
+    prompt = _prompt(config, shell, generator, text)
+    shell.detail(generator.description)
+    penalty = config.repetition_penalty if config.repetition_penalty is not None else generator.params.repetition_penalty
+    params = BeamParams(
+        num_beams=config.num_beams,
+        length_penalty=config.length_penalty,
+        early_stopping=config.early_stopping,  # type: ignore[arg-type]  # checked by its choices
+        repetition_penalty=penalty,
+    )
+    view = _View(config, shell, echo=text if config.echo else None)
+    with stop_flag() as stop:
+        for event in generator.search(prompt, params, num_texts=config.num_samples, stop=stop):
+            if isinstance(event, Finished):
+                view.finished(event, seed=None)
+        view.close(stop())
+
+
+def _prompt(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> Any:
+    prompt = generator.prompter.from_text(text, max_new_tokens=config.max_new_tokens)
+    if prompt.num_cut:
+        shell.warn(
+            f"the prompt of {len(prompt.ids) + prompt.num_cut:,} tokens was cut to {len(prompt.ids):,} on the {config.truncate}, "
+            f"to leave room for {prompt.max_new_tokens:,} new ones"
+        )
+    return prompt
+
+
+class _View:
+    """Shows texts: the first one that is not done as it grows, the others when their turn comes; or JSON, one line a text."""
+
+    def __init__(self, config: GenerateConfig, shell: Shell, *, echo: str | None) -> None:
+        self._json, self._num_samples, self._echo, self._shell = shell.json, config.num_samples, echo, shell
+        self._turn = 0
+        self._grown: dict[int, str] = {}
+        self._done: dict[int, Any] = {}
+        self._num_shown = 0
+        self._num_tokens = 0
+
+    def token(self, event: Any) -> None:
+        """A token came."""
+        self._num_tokens += 1
+        if self._json or not event.text:
+            return
+        self._grown[event.sample_index] = self._grown.get(event.sample_index, "") + event.text
+        if event.sample_index == self._turn:
+            self._show(self._grown[event.sample_index])
+
+    def finished(self, event: Any, *, seed: int | None) -> None:
+        """A text is done."""
+        if self._json:
+            out.write(_json_line(event, seed=seed, num_samples=self._num_samples, echo=self._echo))
+            return
+        self._done[event.sample_index] = event
+        while self._turn in self._done:
+            self._end(self._done.pop(self._turn).text)
+
+    def _show(self, text: str) -> None:
+        """Bring the text whose turn it is up to `text`."""
+        if self._num_shown == 0 and self._echo is not None:
+            out.write(self._echo, flush=False)
+            self._echo_shown = True
+        out.write(text[self._num_shown :])
+        self._num_shown = len(text)
+
+    def _end(self, text: str) -> None:
+        self._show(text)
+        out.write("" if text.endswith("\n") else "\n")
+        self._turn, self._num_shown = self._turn + 1, 0
+        if self._turn < self._num_samples:
+            out.write("---\n")
+            if self._grown.get(self._turn):
+                self._show(self._grown[self._turn])
+
+    def close(self, signal_number: int | None) -> None:
+        """Everything has been shown. Raises Interrupted when a signal ended it."""
+        out.flush()
+        if signal_number is not None:
+            raise Interrupted(f"interrupted after {self._num_tokens} tokens", signal_number=signal_number)
+        self._shell.detail(f"{self._num_tokens} tokens")
+
+
+def _json_line(event: Any, *, seed: int | None, num_samples: int, echo: str | None) -> bytes:
+    from llmctl.core.infer.results import to_line
+
+    row: dict[str, Any] = {"id": event.id}
+    if num_samples > 1:
+        row["sample"] = event.sample_index
+    if echo is not None:
+        row["prompt"] = echo
+    row |= {
+        "text": event.text,
+        "finish": event.finish,
+        "num_prompt_tokens": event.num_prompt_tokens,
+        "num_new_tokens": event.num_new_tokens,
+        "seed": seed,
+        "token_ids": list(event.token_ids),
+    }
+    if event.stop is not None:
+        row["stop"] = event.stop
+    if event.score is not None:
+        row["score"] = event.score
+    return to_line(row)

@@ -1,0 +1,232 @@
+"""`llmctl generate --input`: a batch job, from files or as a filter. Knows files, flags and progress; decides nothing about rows."""
+
+import hashlib
+import os
+import stat
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import asdict
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from llmctl.cli.generate import draw_seed, open_generator
+from llmctl.cli.shell import Shell
+from llmctl.cli.signals import stop_flag
+from llmctl.cli.streams import out, stdin_lines
+from llmctl.core.config.generate import GenerateConfig
+from llmctl.core.errors import InputError, Interrupted, LlmctlError, NotFoundError, PartialFailure, UsageError
+from llmctl.core.files import check_out_file
+
+if TYPE_CHECKING:
+    from llmctl.core.infer.batch import BatchFinished
+    from llmctl.core.infer.generator import Generator
+    from llmctl.core.infer.results import ResultFile
+
+_NUM_TOLD = 3
+"""So many failures are told on stderr; all of them stand in the errors file."""
+
+
+def run_job(config: GenerateConfig, shell: Shell) -> None:
+    """Answer every row of the input."""
+    in_path, out_path = _check_files(config)
+    from llmctl.core.infer.rows import file_lines, polled_lines
+
+    with ExitStack() as stack:
+        generator = open_generator(config, num_slots=config.batch_size)
+        shell.detail(generator.description)
+        results, num_lines = None, None
+        lines: Iterator[bytes | None] | Iterator[bytes]
+        seed, drawn = config.seed, draw_seed()
+        if out_path is not None:
+            from llmctl.core.infer.batch import input_facts
+            from llmctl.core.infer.results import ResultFile
+
+            results = stack.enter_context(ResultFile(out_path, overwrite=config.overwrite))
+            rows = stack.enter_context(in_path.open("rb") if in_path is not None else _spooled(shell))
+            input_hash, num_lines = input_facts(rows)
+            rows.seek(0)
+            seed = results.begin(_job(config, generator, input_hash), seed=seed, drawn_seed=drawn)
+            _tell_state(results, shell)
+            lines = file_lines(rows)
+        else:
+            seed = drawn if seed is None else seed
+            lines = polled_lines(sys.stdin.fileno()) if in_path is None else file_lines(stack.enter_context(in_path.open("rb")))
+        if config.seed is None:
+            shell.note(f"seed {seed}")
+        _answer(config, shell, generator, lines, seed, results, num_lines)
+
+
+def _check_files(config: GenerateConfig) -> tuple[Path | None, Path | None]:
+    """The files of --input and --output, None for stdin and stdout. Refuses what cannot work before anything is loaded."""
+    assert config.input is not None
+    in_path = None if config.input == "-" else Path(config.input)
+    out_path = None if config.output in (None, "-") else Path(str(config.output))
+    if in_path is not None:
+        if not in_path.exists():
+            raise NotFoundError(f"--input {in_path}: no such file")
+        if in_path.is_dir():
+            raise UsageError(f"--input {in_path}: is a folder, a JSONL file is wanted")
+        if not os.access(in_path, os.R_OK):
+            raise UsageError(f"--input {in_path}: is not readable")
+    elif sys.stdin is None:
+        raise UsageError("--input -: stdin is closed; pipe the rows in or name a file")
+    if out_path is None:
+        if config.overwrite:
+            raise UsageError("--overwrite needs --output FILE")
+        return in_path, None
+    check_out_file(out_path)
+    if out_path.exists() and not stat.S_ISREG(out_path.stat().st_mode):
+        raise UsageError(f"--output {out_path}: is not a regular file; use --output - and a redirection")
+    if in_path is not None and out_path.exists() and out_path.samefile(in_path):
+        raise UsageError(f"--output {out_path}: is the input file; choose another name")
+    return in_path, out_path
+
+
+def _spooled(shell: Shell) -> IO[bytes]:
+    """All of stdin in an unnamed file: a job that can go on must know its whole input."""
+    shell.detail("reading all rows from stdin")
+    spool = tempfile.TemporaryFile()  # noqa: SIM115 (the caller closes it)
+    for line in stdin_lines():
+        spool.write(line)
+    spool.seek(0)
+    return spool
+
+
+def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dict[str, Any]:
+    """Everything that decides the texts, but the seed: what the sidecar of the result file records."""
+    from llmctl.core.infer.batch import model_fingerprint
+    from llmctl.core.infer.defaults import merged
+
+    template = generator.tokenizer.chat_template if generator.prompter.uses_chat else None
+    return {
+        "input": input_hash,
+        "model": model_fingerprint(generator.path),
+        "tokenizer": generator.tokenizer.fingerprint,
+        "chat_template": None if template is None else hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
+        "system": config.system,
+        "dtype": config.dtype,
+        **asdict(merged(generator.params, config.given_sampling())),
+        "stop": list(config.stop),
+        "max_new_tokens": config.max_new_tokens,
+        "num_samples": config.num_samples,
+        "allow_special": config.allow_special,
+        "truncate": config.truncate,
+    }
+
+
+def _tell_state(results: "ResultFile", shell: Shell) -> None:
+    if results.num_torn_bytes:
+        shell.warn(f"{results.path}: cut off {results.num_torn_bytes:,} bytes of a row that was not whole; it is made again")
+    if results.done:
+        shell.note(f"{results.path} has {len(results.done):,} results; going on with the rest")
+
+
+def _answer(
+    config: GenerateConfig,
+    shell: Shell,
+    generator: "Generator",
+    lines: Iterator[bytes | None] | Iterator[bytes],
+    seed: int,
+    results: "ResultFile | None",
+    num_lines: int | None,
+) -> None:
+    from llmctl.core.infer.batch import BatchFinished, BatchSettings, RowDone, RowFailed, run_batch
+    from llmctl.core.infer.defaults import merged
+    from llmctl.core.infer.events import Warned
+
+    settings = BatchSettings(
+        params=merged(generator.params, config.given_sampling()),
+        seed=seed,
+        stop=config.stop,
+        max_new_tokens=config.max_new_tokens,
+        num_samples=config.num_samples,
+    )
+    first_error, num_failed, started_s = "", 0, time.monotonic()
+    with stop_flag() as stop, _Progress(shell, num_lines, config.num_samples, len(results.done) if results else 0) as progress:
+        for event in run_batch(lines, generator, settings, results=results, stop=stop):
+            if isinstance(event, RowDone):
+                progress.row(event.num_new_tokens)
+            elif isinstance(event, RowFailed):
+                progress.row(0)
+                num_failed += 1
+                first_error = first_error or str(event.row["error"])
+                if num_failed <= _NUM_TOLD:
+                    shell.warn(str(event.row["error"]))
+            elif isinstance(event, Warned):
+                shell.warn(event.message)
+            if isinstance(event, RowDone | RowFailed) and results is None:
+                from llmctl.core.infer.results import to_line
+
+                out.write(to_line(event.row))
+            elif isinstance(event, BatchFinished):
+                summary = event
+        signal_number = stop()
+    _conclude(summary, shell, config, results, first_error, signal_number, elapsed_s=time.monotonic() - started_s)
+
+
+def _conclude(
+    summary: "BatchFinished",
+    shell: Shell,
+    config: GenerateConfig,
+    results: "ResultFile | None",
+    first_error: str,
+    signal_number: int | None,
+    *,
+    elapsed_s: float,
+) -> None:
+    """Say how it went, and turn it into an exit code."""
+    if results is not None:
+        results.close()
+    if summary.num_cut:
+        shell.warn(f"{summary.num_cut:,} prompts were too long and were cut on the {config.truncate}; their results say num_cut")
+    if signal_number is not None:
+        kept = (
+            f"{results.path} holds {len(results.done):,} results; run the same command to go on" if results is not None else "rows are left"
+        )
+        raise Interrupted(f"interrupted; {kept}", signal_number=signal_number)
+    num_good = summary.num_done + summary.num_skipped
+    if num_good + summary.num_failed == 0:
+        raise InputError(f"--input {config.input}: holds no rows; each line is a JSON object with a prompt or messages")
+    rate = summary.num_new_tokens / elapsed_s if elapsed_s > 0 else 0.0
+    shell.note(f"{summary.num_done:,} done, {summary.num_failed:,} failed; {summary.num_new_tokens:,} tokens, {rate:,.1f} a second")
+    if summary.num_failed == 0:
+        return
+    where = f"{results.errors_path} lists them" if results is not None else "their rows say why"
+    if num_good == 0:
+        raise LlmctlError(f"all {summary.num_failed:,} rows failed; the first: {first_error}")
+    raise PartialFailure(f"{summary.num_failed:,} of {num_good + summary.num_failed:,} rows failed; {where}")
+
+
+class _Progress:
+    """Rows, tokens a second and the time left, on a terminal's stderr; nothing elsewhere."""
+
+    def __init__(self, shell: Shell, num_lines: int | None, num_samples: int, num_done: int) -> None:
+        self._shell, self._num_done = shell, num_done
+        self._total = None if num_lines is None else num_lines * num_samples
+        self._num_tokens, self._started_s = 0, time.monotonic()
+        self._bar: Any = None
+
+    def __enter__(self) -> "_Progress":
+        if self._shell.live:
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+
+            self._bar = self._shell.progress(
+                TextColumn("rows"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.fields[rate]}"), TimeRemainingColumn()
+            )
+            self._bar.start()
+            self._task = self._bar.add_task("rows", total=self._total, completed=self._num_done, rate="")
+        return self
+
+    def row(self, num_tokens: int) -> None:
+        """One more row."""
+        self._num_tokens += num_tokens
+        if self._bar is not None:
+            rate = self._num_tokens / max(time.monotonic() - self._started_s, 1e-6)
+            self._bar.update(self._task, advance=1, rate=f"{rate:,.1f} tokens/s")
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,171 @@
+"""The settings of `llmctl generate`. Stdlib only; knows no tensor."""
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.core.config.fields import check_fields, option
+from llmctl.core.errors import UsageError
+
+_PROMPT, _MODEL, _CHOICE, _BATCH, _MACHINE = "Prompt", "Model", "Choice of tokens", "Batch", "Machine"
+
+ROW_PARAMETERS = (
+    "temperature",
+    "top_k",
+    "top_p",
+    "min_p",
+    "repetition_penalty",
+    "presence_penalty",
+    "frequency_penalty",
+)
+"""Sampling settings that a row of a batch may have too, under the same names."""
+
+_NOT_WITH_BEAMS = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input")
+
+
+@dataclass(frozen=True, kw_only=True)
+class GenerateConfig:
+    """What `llmctl generate` does. `None` means "not given"; what is then done stands in the help."""
+
+    text: str | None = option(
+        None, "The prompt, or - to read it from stdin. Piped stdin comes before it.", metavar="PROMPT", positional=True
+    )
+    prompt: str | None = option(None, "The prompt, as a flag.", "-p", panel=_PROMPT)
+    prompt_file: Path | None = option(None, "File that holds the prompt, or its beginning.", "-f", metavar="FILE", panel=_PROMPT)
+    system: str | None = option(None, "System message of the chat.", panel=_PROMPT)
+    chat: bool | None = option(
+        None,
+        "Put the prompt into the model's chat template, or take it as it is. [default: --chat if the model has a template]",
+        "--chat/--raw",
+        panel=_PROMPT,
+    )
+    chat_template: Path | None = option(None, "Jinja file to use instead of the model's chat template.", metavar="FILE", panel=_PROMPT)
+    allow_special: bool = option(False, "Let names of special tokens in a raw prompt stand for those tokens.", panel=_PROMPT)
+    truncate: str | None = option(
+        None,
+        "Cut a prompt that is too long for the context at this end, with a warning. [default: it is an error]",
+        choices=("left", "right"),
+        panel=_PROMPT,
+    )
+    echo: bool = option(False, "Print the prompt before the text.", panel=_PROMPT)
+
+    model: str | None = option(
+        None, "Folder, .gguf file, hub id or built-in name. [default: $LLMCTL_MODEL, else storyteller]", "-m", panel=_MODEL
+    )
+    tokenizer: Path | None = option(
+        None, "Tokenizer to use instead of the model's own: a folder or tokenizer.json.", metavar="PATH", panel=_MODEL
+    )
+
+    max_new_tokens: int | None = option(
+        None,
+        "Stop after so many tokens. [default: 256, or what the context leaves]",
+        "-n",
+        "--max-tokens",
+        minimum=1,
+        maximum=1 << 31,
+        panel=_CHOICE,
+    )
+    temperature: float | None = option(
+        None,
+        "Divide the logits by this; 0 takes the most likely token. [default: the model's generation_config.json, else 0.8]",
+        "-t",
+        "--temp",
+        minimum=0,
+        panel=_CHOICE,
+    )
+    top_k: int | None = option(None, "Choose among the K most likely tokens. [default: the model's, else off]", minimum=1, panel=_CHOICE)
+    top_p: float | None = option(
+        None,
+        "Choose among the fewest tokens that reach this probability together. [default: the model's, else 0.95]",
+        above=0,
+        maximum=1,
+        panel=_CHOICE,
+    )
+    min_p: float | None = option(
+        None,
+        "Drop tokens less likely than this times the most likely one. [default: the model's, else off]",
+        minimum=0,
+        maximum=1,
+        panel=_CHOICE,
+    )
+    repetition_penalty: float | None = option(
+        None,
+        "Divide positive logits (multiply negative ones) of tokens already in the text. [default: the model's, else 1]",
+        above=0,
+        panel=_CHOICE,
+    )
+    presence_penalty: float | None = option(
+        None, "Subtract this from the logits of tokens already in the answer. [default: 0]", panel=_CHOICE
+    )
+    frequency_penalty: float | None = option(
+        None, "Subtract this for each time that the token stands in the answer. [default: 0]", panel=_CHOICE
+    )
+    stop: tuple[str, ...] = option((), "End the text before this string. Repeatable.", metavar="TEXT", panel=_CHOICE)
+    seed: int | None = option(
+        None, "Seed of the random choices. [default: drawn, and printed on stderr]", minimum=0, maximum=2**63 - 1, panel=_CHOICE
+    )
+    num_samples: int = option(1, "How many texts to make of a prompt.", minimum=1, maximum=100_000, panel=_CHOICE)
+    num_beams: int = option(
+        1, "Search for the most probable text with so many beams; 1 chooses token by token.", minimum=1, maximum=1024, panel=_CHOICE
+    )
+    length_penalty: float = option(1.0, "Beam search: divide the log-probability by the length to this power.", panel=_CHOICE)
+    early_stopping: str = option(
+        "false",
+        "Beam search: stop at NUM_BEAMS finished texts, by an estimate, or only when nothing can improve.",
+        choices=("true", "false", "never"),
+        panel=_CHOICE,
+    )
+
+    input: str | None = option(
+        None, "Batch: JSONL with a prompt or messages in each row, or - for stdin.", "-i", metavar="FILE", panel=_BATCH
+    )
+    output: str | None = option(
+        None, "Batch: JSONL to append results to; run again to go on. [default: -, stdout]", "-o", metavar="FILE", panel=_BATCH
+    )
+    overwrite: bool = option(False, "Batch: begin anew if the output exists.", panel=_BATCH)
+    batch_size: int = option(8, "Texts under way at once; halved when memory is short.", "-b", minimum=1, maximum=65_536, panel=_BATCH)
+
+    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
+    dtype: str | None = option(
+        None,
+        "Number format of the weights. [default: as stored]",
+        "--precision",
+        choices=("float32", "f32", "bfloat16", "bf16", "float16", "f16"),
+        panel=_MACHINE,
+    )
+    threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if self.text is not None and self.prompt is not None:
+            raise UsageError("both PROMPT and --prompt are given; one of them is enough")
+        if self.input is not None:
+            for name in ("text", "prompt", "prompt_file", "echo"):
+                if getattr(self, name):
+                    flag = "PROMPT" if name == "text" else "--" + name.replace("_", "-")
+                    raise UsageError(f"{flag} does not go with --input: the rows hold the prompts")
+        elif self.output is not None:
+            raise UsageError("--output needs --input; the text of a single prompt goes to stdout, so use `> file`")
+        if self.chat is False and self.system is not None:
+            raise UsageError("--system needs the chat template, but --raw leaves it out; drop one of the two")
+        if self.chat is False and self.chat_template is not None:
+            raise UsageError("--chat-template does not go with --raw; drop one of the two")
+        if "" in self.stop:
+            raise UsageError("--stop: an empty string would stop at once; give some text")
+        if self.num_beams > 1:
+            self._check_beams()
+
+    def _check_beams(self) -> None:
+        for name in _NOT_WITH_BEAMS:
+            if getattr(self, name) not in (None, ()):
+                raise UsageError(
+                    f"--{name.replace('_', '-')} does not go with --num-beams: beam search draws nothing at random and takes one prompt"
+                )
+        if self.num_samples > self.num_beams:
+            raise UsageError(
+                f"--num-samples {self.num_samples}: a search with --num-beams {self.num_beams} ends with {self.num_beams} texts at most"
+            )
+
+    def given_sampling(self) -> dict[str, Any]:
+        """The sampling settings that were given, by name."""
+        return {name: value for name in ROW_PARAMETERS if (value := getattr(self, name)) is not None}

@@ -1,0 +1,249 @@
+"""The batch job: rows in, one result row for each, whatever happens on the way. Knows rows and results; no terminal."""
+
+import hashlib
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import IO, Any
+
+from llmctl.core.errors import LlmctlError
+from llmctl.core.infer.defaults import merged
+from llmctl.core.infer.engine import never_stop
+from llmctl.core.infer.events import Failed, Finished, Request, Warned
+from llmctl.core.infer.generator import Generator
+from llmctl.core.infer.results import ResultFile, result_key
+from llmctl.core.infer.rows import BadRow, Row, id_key, parse_row
+from llmctl.core.infer.sampler import SamplingParams
+
+_WHOLE_BYTES = 8 << 20
+_SAMPLE_BYTES, _NUM_SAMPLES = 1 << 18, 32
+_HASHED = (".safetensors", ".json", ".jinja", ".gguf", ".txt", ".model")
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowDone:
+    """A result is there (and in the result file, if there is one)."""
+
+    row: Mapping[str, Any]
+    num_new_tokens: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class RowFailed:
+    """A row has no result (and stands in the errors file, if there is one)."""
+
+    row: Mapping[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchFinished:
+    """The job has ended; counts of results, those of earlier runs apart. `interrupted` says that rows are left."""
+
+    num_done: int
+    num_failed: int
+    num_skipped: int
+    num_cut: int
+    num_new_tokens: int
+    interrupted: bool
+
+
+BatchEvent = RowDone | RowFailed | Warned | BatchFinished
+
+
+@dataclass(frozen=True, kw_only=True)
+class BatchSettings:
+    """What holds for every row that does not say otherwise."""
+
+    params: SamplingParams
+    seed: int
+    stop: tuple[str, ...] = ()
+    max_new_tokens: int | None = None
+    num_samples: int = 1
+
+
+@dataclass
+class _Pending:
+    """What a result needs of its row. Kept while the row is under way."""
+
+    row: Row
+    num_cut: int
+
+
+def run_batch(
+    lines: Iterable[bytes | None],
+    generator: Generator,
+    settings: BatchSettings,
+    *,
+    results: ResultFile | None = None,
+    stop: Callable[[], int | None] = never_stop,
+) -> Iterator[BatchEvent]:
+    """Answer the rows in `lines` (None: no line yet) and append each result to `results` as it is finished.
+
+    Rows whose results are there are skipped. A bad row is an error row; the others go on. When `stop` gives a number,
+    texts under way are dropped: they are made again by the next run. Raises WriteError and NonFiniteError.
+    """
+    job = _Job(generator, settings, results)
+    for event in generator.engine.run(job.requests(lines), stop=stop):
+        if isinstance(event, Finished):
+            if event.finish != "interrupted":
+                yield job.done(event)
+        elif isinstance(event, Failed):
+            yield job.failed(event)
+        elif isinstance(event, Warned):
+            yield event
+        if results is not None:
+            results.sync_if_due()
+    if results is not None:
+        results.sync()
+    yield job.summary(interrupted=stop() is not None)
+
+
+class _Job:
+    def __init__(self, generator: Generator, settings: BatchSettings, results: ResultFile | None) -> None:
+        self._generator, self._settings, self._results = generator, settings, results
+        self._pending: dict[str, _Pending] = {}
+        self._refused_rows: dict[int, Row | BadRow] = {}
+        self._seen: set[str] = set()
+        self._num_done = self._num_failed = self._num_skipped = self._num_cut = self._num_new_tokens = 0
+
+    def requests(self, lines: Iterable[bytes | None]) -> Iterator[Request | Failed | None]:
+        """Requests for the rows, made when the engine asks for them."""
+        number = 0
+        for raw in lines:
+            if raw is None:
+                yield None
+                continue
+            number += 1
+            if raw.strip():
+                yield from self._requests_of(parse_row(raw, number))
+
+    def _requests_of(self, row: Row | BadRow) -> Iterator[Request | Failed]:
+        if isinstance(row, Row) and id_key(row.id) in self._seen:
+            row = BadRow(line=row.line, id=row.id, error=f"line {row.line}: the id {id_key(row.id)} has been used before")
+        elif isinstance(row, Row):
+            self._seen.add(id_key(row.id))
+        if isinstance(row, BadRow):
+            yield self._refused(row, row.error)
+            return
+        done = self._results.done if self._results is not None else ()
+        samples = [s for s in range(self._settings.num_samples) if result_key(row.id, s) not in done]
+        self._num_skipped += self._settings.num_samples - len(samples)
+        if not samples:
+            return
+        try:
+            requests, num_cut = self._made(row, samples)
+        except LlmctlError as error:
+            yield self._refused(row, f"line {row.line}: {error}")
+            return
+        self._num_cut += bool(num_cut)
+        for request in requests:
+            self._pending[result_key(row.id, request.sample_index)] = _Pending(row, num_cut)
+            yield request
+
+    def _made(self, row: Row, samples: list[int]) -> tuple[list[Request], int]:
+        settings, prompter = self._settings, self._generator.prompter
+        max_new_tokens = settings.max_new_tokens if row.max_new_tokens is None else row.max_new_tokens
+        if row.prompt is not None:
+            prompt = prompter.from_text(row.prompt, system=row.system, max_new_tokens=max_new_tokens)
+        else:
+            prompt = prompter.from_messages(row.messages, max_new_tokens=max_new_tokens)
+        params = merged(settings.params, row.sampling)
+        requests = [
+            self._generator.request_for(
+                prompt,
+                id=row.id,
+                sample_index=sample,
+                seed=settings.seed if row.seed is None else row.seed,
+                stop=settings.stop if row.stop is None else row.stop,
+                params=params,
+            )
+            for sample in samples
+        ]
+        return requests, prompt.num_cut
+
+    def _refused(self, row: Row | BadRow, error: str) -> Failed:
+        self._refused_rows[row.line] = row
+        return Failed(id=row.id, sample_index=0, error=error, line=row.line)
+
+    def done(self, event: Finished) -> RowDone:
+        """The result row of a finished text, appended."""
+        pending = self._pending.pop(result_key(event.id, event.sample_index))
+        row: dict[str, Any] = {"id": event.id}
+        if self._settings.num_samples > 1:
+            row["sample"] = event.sample_index
+        row |= pending.row.extra
+        row |= {
+            "text": event.text,
+            "finish": event.finish,
+            "num_prompt_tokens": event.num_prompt_tokens,
+            "num_new_tokens": event.num_new_tokens,
+            "seed": event.seed,
+        }
+        if pending.num_cut:
+            row["num_cut"] = pending.num_cut
+        if self._results is not None:
+            self._results.append(row)
+        self._num_done += 1
+        self._num_new_tokens += event.num_new_tokens
+        return RowDone(row=row, num_new_tokens=event.num_new_tokens)
+
+    def failed(self, event: Failed) -> RowFailed:
+        """The error row of a request that failed, appended."""
+        record: dict[str, Any] = {"id": event.id}
+        if event.line is not None:
+            row, error = self._refused_rows.pop(event.line), event.error
+        else:
+            row = self._pending.pop(result_key(event.id, event.sample_index)).row
+            error = f"line {row.line}: {event.error}"
+            if self._settings.num_samples > 1:
+                record["sample"] = event.sample_index
+        if isinstance(row, Row):
+            record |= row.extra
+        record |= {"line": row.line, "error": error}
+        if self._results is not None:
+            self._results.append_error(record)
+        self._num_failed += 1
+        return RowFailed(row=record)
+
+    def summary(self, *, interrupted: bool) -> BatchFinished:
+        """The counts."""
+        return BatchFinished(
+            num_done=self._num_done,
+            num_failed=self._num_failed,
+            num_skipped=self._num_skipped,
+            num_cut=self._num_cut,
+            num_new_tokens=self._num_new_tokens,
+            interrupted=interrupted,
+        )
+
+
+def input_facts(file: IO[bytes]) -> tuple[str, int]:
+    """sha256 of what is left of a file, and how many lines it has, in one reading."""
+    digest, num_lines, last = hashlib.sha256(), 0, b"\n"
+    while block := file.read(1 << 20):
+        digest.update(block)
+        num_lines += block.count(b"\n")
+        last = block[-1:]
+    return digest.hexdigest(), num_lines + (last != b"\n")
+
+
+def model_fingerprint(path: Path) -> str:
+    """64 hex digits that tell models apart: names, sizes and contents of the files, of large ones 8 MB spread over them.
+
+    Sampled, since reading all weights of a large model would take longer than many a job; it is there to notice another
+    model, not a flipped bit.
+    """
+    digest = hashlib.sha256()
+    path = Path(path)
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix in _HASHED and p.is_file())
+    for file in files:
+        num_bytes = file.stat().st_size
+        digest.update(f"{file.name}\0{num_bytes}\0".encode("utf-8", "surrogateescape"))
+        with open(file, "rb") as content:
+            if num_bytes <= _WHOLE_BYTES:
+                digest.update(content.read())
+                continue
+            for number in range(_NUM_SAMPLES):
+                content.seek((num_bytes - _SAMPLE_BYTES) * number // (_NUM_SAMPLES - 1))
+                digest.update(content.read(_SAMPLE_BYTES))
+    return digest.hexdigest()

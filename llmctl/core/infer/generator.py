@@ -1,0 +1,157 @@
+"""A model ready to generate: weights, tokenizer, engine and prompts in one hand. The door for Python programs.
+
+from llmctl.core.infer.generator import Generator
+
+generator = Generator.open("storyteller")
+request = generator.request("Once upon a time", max_new_tokens=100, seed=1)
+for event in generator.engine.run([request]):
+    ...
+"""
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal
+
+from llmctl.core.infer.beam import BeamParams, BeamStep, beam_search
+from llmctl.core.infer.defaults import merged, recommended
+from llmctl.core.infer.engine import Engine, never_stop
+from llmctl.core.infer.events import Finished, FinishReason, Request
+from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.prompting import Prompt, Prompter
+from llmctl.core.infer.sampler import SamplingParams
+
+if TYPE_CHECKING:
+    from llmctl.core.tokenizer import Tokenizer
+
+
+@dataclass(frozen=True, kw_only=True)
+class Generator:
+    """What one model needs to answer requests."""
+
+    executor: Executor
+    engine: Engine
+    tokenizer: "Tokenizer"
+    prompter: Prompter
+    eos_ids: frozenset[int]
+    params: SamplingParams
+    """The sampling that the model recommends, else ours."""
+    path: Path
+    description: str
+    """Device and number format, for people."""
+
+    @classmethod
+    def open(
+        cls,
+        model: str | Path,
+        *,
+        tokenizer: Path | None = None,
+        chat_template: str | None = None,
+        device: str = "auto",
+        dtype: str | None = None,
+        threads: int | None = None,
+        num_slots: int = 1,
+        chat: bool | None = None,
+        system: str | None = None,
+        allow_special: bool = False,
+        truncate: Literal["left", "right"] | None = None,
+    ) -> "Generator":
+        """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError."""
+        import torch
+
+        from llmctl.core.checkpoint import check_tokenizer, load_model, load_tokenizer, resolve_model
+        from llmctl.core.infer.torch_executor import TorchExecutor
+        from llmctl.core.model.device import choose_device, dtype_named
+
+        if threads is not None:
+            torch.set_num_threads(threads)
+        path = resolve_model(str(model))
+        chosen = choose_device(device)
+        words = load_tokenizer(path if tokenizer is None else tokenizer)
+        if chat_template is not None:
+            words.chat_template = chat_template
+        loaded = load_model(path, dtype=dtype_named(dtype), device=chosen)
+        check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
+        prompter = Prompter(
+            words, context=loaded.config.max_positions, chat=chat, system=system, allow_special=allow_special, truncate=truncate
+        )
+        eos_ids = set(loaded.eos_ids)
+        if not eos_ids and words.eos_id is not None:
+            eos_ids.add(words.eos_id)
+        if prompter.uses_chat:  # many chat models name only the end of text, not the end of a turn
+            eos_ids |= words.end_of_turn_ids
+        executor = TorchExecutor(loaded.model)
+        return cls(
+            executor=executor,
+            engine=Engine(executor, words, eos_ids=eos_ids, num_slots=num_slots),
+            tokenizer=words,
+            prompter=prompter,
+            eos_ids=frozenset(eos_ids),
+            params=recommended(loaded.generation),
+            path=path,
+            description=f"{path.name}: {loaded.family}, {str(loaded.dtype).removeprefix('torch.')} on {chosen}, torch",
+        )
+
+    def request(
+        self,
+        text: str,
+        *,
+        id: int | str = 1,
+        sample_index: int = 0,
+        seed: int = 0,
+        max_new_tokens: int | None = None,
+        stop: tuple[str, ...] = (),
+        **sampling: Any,
+    ) -> Request:
+        """A request for the engine; `sampling` replaces what the model recommends. Raises InputError, UsageError."""
+        prompt = self.prompter.from_text(text, max_new_tokens=max_new_tokens)
+        return self.request_for(prompt, id=id, sample_index=sample_index, seed=seed, stop=stop, params=merged(self.params, sampling))
+
+    @staticmethod
+    def request_for(
+        prompt: Prompt, *, id: int | str, sample_index: int, seed: int, stop: tuple[str, ...], params: SamplingParams
+    ) -> Request:
+        """A request from a prompt that is ready."""
+        return Request(
+            id=id,
+            sample_index=sample_index,
+            prompt_ids=prompt.ids,
+            max_new_tokens=prompt.max_new_tokens,
+            params=params,
+            seed=seed,
+            stop=stop,
+        )
+
+    def search(
+        self, prompt: Prompt, params: BeamParams, *, num_texts: int = 1, stop: Callable[[], int | None] = never_stop
+    ) -> Iterator[BeamStep | Finished]:
+        """Beam search: a BeamStep for each token, then the `num_texts` best texts."""
+        steps = beam_search(
+            self.executor,
+            prompt.ids,
+            params,
+            max_new_tokens=prompt.max_new_tokens,
+            eos_ids=self.eos_ids,
+            num_choices=min(self.executor.vocab_size, self.tokenizer.vocab_size),
+            stop=stop,
+        )
+        for step in steps:
+            if isinstance(step, BeamStep):
+                yield step
+                continue
+            for index, beam in enumerate(step[:num_texts]):
+                reason: FinishReason = "eos" if beam.tokens[-1] in self.eos_ids else "length"
+                if stop() is not None and len(beam.tokens) < prompt.max_new_tokens and reason != "eos":
+                    reason = "interrupted"
+                ids = [token for token in beam.tokens if token not in self.eos_ids]
+                yield Finished(
+                    id=1,
+                    sample_index=index,
+                    text=self.tokenizer.decode(ids, skip_special=True),
+                    finish=reason,
+                    token_ids=beam.tokens,
+                    num_prompt_tokens=len(prompt.ids),
+                    num_new_tokens=len(beam.tokens),
+                    seed=0,
+                    score=beam.score,
+                )
