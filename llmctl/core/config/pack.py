@@ -13,8 +13,8 @@ _INPUT, _SPLIT, _OUTPUT = "Input", "Validation split", "Output"
 class PackConfig:
     """What to pack, with which tokenizer, into which folder."""
 
-    inputs: tuple[str, ...] = option((), "Files, folders, glob patterns, or - for stdin.", positional=True, metavar="INPUT...")
-    tokenizer: Path | None = option(None, "Model folder or tokenizer.json whose tokenizer to use.", metavar="PATH")
+    inputs: tuple[str, ...] = option((), "Files, folders, glob patterns, or - for stdin.", positional=True, metavar="INPUT")
+    tokenizer: str | None = option(None, "A folder, a tokenizer.json, or a model: .gguf file, hub id, built-in name.", metavar="REF")
     out_dir: Path | None = option(None, "Folder for the shards; made if its parent exists.", "-o", "--output-dir", metavar="DIR")
     format: str | None = option(
         None,

@@ -11,6 +11,7 @@ import hashlib
 import os
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from llmctl import __version__
@@ -102,11 +103,18 @@ class Packed:
 PackEvent = PackPlanned | PackProgress | ShardWritten | PackWarned | Packed
 
 
-def pack(config: PackConfig, *, stdin: IO[bytes] | None = None, stop: Callable[[], int | None] = NeverStop) -> Iterator[PackEvent]:
+def pack(
+    config: PackConfig,
+    *,
+    tokenizer: "Tokenizer | None" = None,
+    stdin: IO[bytes] | None = None,
+    stop: Callable[[], int | None] = NeverStop,
+) -> Iterator[PackEvent]:
     """Pack a corpus, as events that end with Packed.
 
-    `stop` is asked between batches; a signal's number makes it end with Interrupted, the finished shards kept. The same
-    call again goes on. The bytes of the result depend on the input and the settings, not on workers or interruptions.
+    `tokenizer` None loads `config.tokenizer`, a folder or a tokenizer.json; `stdin` is read for the input `-`. `stop` is
+    asked between batches; a signal's number makes it end with Interrupted, the finished shards kept. The same call again
+    goes on. The bytes of the result depend on the input and the settings, not on workers or interruptions.
 
     Raises UsageError, NotFoundError, InputError, WriteError, LockedError; LlmctlError when a worker dies or every record failed.
     """
@@ -122,7 +130,7 @@ def pack(config: PackConfig, *, stdin: IO[bytes] | None = None, stop: Callable[[
     sources += find_sources(config.val_data, format=format, exclude=out_dir)
     if [*config.inputs, *config.val_data].count(STDIN) and stdin is None:
         raise UsageError("stdin is closed, but `-` names it as an input; pipe something in or name a file")
-    tokenizer = Tokenizer.load(config.tokenizer)
+    tokenizer = tokenizer or Tokenizer.load(Path(config.tokenizer))
     split = split_rule(config, sources)
     plan = plan_of(config, sources, num_train_sources, split, tokenizer)
     rules = EncodeRules(

@@ -26,7 +26,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmctl.core.errors import InputError, NotFoundError, is_write_failure, write_error
-from llmctl.core.files import MANIFEST_NAME, TEMP_PREFIX, check_manifest, fsync_dir, sha256_file
+from llmctl.core.files import MANIFEST_NAME, TEMP_PREFIX, check_manifest, fsync_dir, read_manifest, sha256_file
 
 if typing.TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
@@ -279,11 +279,7 @@ class TokenDataset:
             raise NotFoundError(f"{directory} holds no {split} split; pack again with --val-fraction above 0, or name other data")
         shards = [TokenShard.open(directory / name) for name in names]
         for shard in shards:
-            found = (shard.header.dtype.name, shard.header.vocab_size, shard.header.fingerprint)
-            wanted = (manifest["dtype"], manifest["vocab_size"], manifest["tokenizer_fingerprint"])
-            for what, a, b in zip(("dtype", "vocabulary size", "tokenizer fingerprint"), found, wanted, strict=True):
-                if a != b:
-                    raise InputError(f"{shard.path}: {what} is {a} in its header, {b} in {MANIFEST_NAME}; pack the data again")
+            check_header(shard, manifest)
         dataset = cls(directory, split, manifest, shards)
         if dataset.num_tokens != manifest["splits"][split]["num_tokens"]:
             raise InputError(f"{directory / MANIFEST_NAME}: the shards of {split} hold {dataset.num_tokens:,} ids, not what it says")
@@ -339,13 +335,22 @@ class TokenDataset:
             start, index = last, index + 1
 
 
+def check_header(shard: TokenShard, manifest: dict[str, Any]) -> None:
+    """Raise InputError where a shard's header and the manifest of its folder disagree."""
+    found = (shard.header.dtype.name, shard.header.vocab_size, shard.header.fingerprint)
+    wanted = (manifest["dtype"], manifest["vocab_size"], manifest["tokenizer_fingerprint"])
+    for what, a, b in zip(("dtype", "vocabulary size", "tokenizer fingerprint"), found, wanted, strict=True):
+        if a != b:
+            raise InputError(f"{shard.path}: {what} is {a} in its header, {b} in {MANIFEST_NAME}; pack the data again")
+
+
 def data_hash(split: str, shard_sha256: list[str], fingerprint: str) -> str:
     """Identity of a split: sha256 over its name, the tokenizer's fingerprint and the shards' hashes in order."""
     return hashlib.sha256("\n".join([split, fingerprint, *shard_sha256]).encode()).hexdigest()
 
 
-def read_pack_manifest(directory: Path) -> dict[str, Any]:
-    """The manifest of a packed folder, sizes of all its files checked, fields checked for their types.
+def read_pack_manifest(directory: Path, *, check_sizes: bool = True) -> dict[str, Any]:
+    """The manifest of a packed folder, fields checked for their types, and the sizes of all its files if `check_sizes`.
 
     Raises NotFoundError when the folder is not there, InputError when it is unfinished, damaged or not ours.
     """
@@ -355,13 +360,14 @@ def read_pack_manifest(directory: Path) -> dict[str, Any]:
         if (directory / STATE_NAME).exists():
             raise InputError(f"{directory}: its packing was not finished; run the same `llmctl tokenize pack` command again")
         raise NotFoundError(f"{directory} holds no packed data (no {MANIFEST_NAME}); make it with `llmctl tokenize pack`")
-    manifest = check_manifest(directory, hashes=False)
+    manifest = check_manifest(directory, hashes=False) if check_sizes else read_manifest(directory)
     where = directory / MANIFEST_NAME
     kinds = {"kind": str, "dtype": str, "vocab_size": int, "tokenizer_fingerprint": str, "splits": dict}
     if manifest.get("kind") != MANIFEST_KIND or any(not isinstance(manifest.get(key), kind) for key, kind in kinds.items()):
         raise InputError(f"{where}: not the manifest of packed data; make it with `llmctl tokenize pack`")
     for split, entry in manifest["splits"].items():
         numbers = isinstance(entry, dict) and all(isinstance(entry.get(k), int) for k in ("num_tokens", "num_documents", "num_bytes"))
-        if not numbers or not isinstance(entry.get("shards"), list) or not all(name in manifest["files"] for name in entry["shards"]):
+        names = entry.get("shards") if isinstance(entry, dict) else None
+        if not numbers or not isinstance(names, list) or not all(isinstance(n, str) and n in manifest["files"] for n in names):
             raise InputError(f"{where}: the entry of the split {split!r} is malformed; pack the data again")
     return manifest

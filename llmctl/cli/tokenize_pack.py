@@ -1,0 +1,124 @@
+"""`llmctl tokenize pack` and `verify`: draw the events of core.data.pack and core.data.verify."""
+
+import dataclasses
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from llmctl.cli.options import add_command
+from llmctl.cli.shell import Shell
+from llmctl.cli.signals import stop_flag
+from llmctl.cli.streams import out
+from llmctl.core.config.pack import PackConfig, VerifyConfig
+from llmctl.core.errors import InputError, PartialFailure
+from llmctl.core.files import check_out_dir
+
+if TYPE_CHECKING:
+    from llmctl.core.data.pack import Packed, PackPlanned, SplitSummary
+
+PACK_HELP = """Encode a corpus into token shards for `llmctl pretrain`.
+
+Reads .txt, .md and .jsonl files, also with .gz or .zst, folders of them, glob patterns and stdin (-). Each document ends
+with the tokenizer's end-of-text id; an empty document is that id alone. The folder gets shards of a fixed number of ids,
+a manifest with sizes and hashes, and a copy of the tokenizer. A run stopped in any way goes on when the same command is
+given again, and the bytes are the same for any number of workers and any interruption."""
+VERIFY_HELP = """Check a packed folder to the last byte: sizes, hashes, headers, ids and document ends.
+
+Names everything that is damaged; nothing is changed."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the commands to `llmctl tokenize`."""
+    add_command(app, name="pack", command="tokenize pack", config=PackConfig, run=pack, help=PACK_HELP)
+    add_command(app, name="verify", command="tokenize verify", config=VerifyConfig, run=verify, help=VERIFY_HELP)
+
+
+def pack(config: PackConfig, shell: Shell) -> None:
+    """Run `llmctl tokenize pack`."""
+    check_out_dir(Path(str(config.out_dir)))
+    from llmctl.cli.tokenizer_reference import open_tokenizer
+    from llmctl.core.data import pack as core
+
+    stdin = None if sys.stdin is None else sys.stdin.buffer
+    done: core.Packed | None = None
+    with stop_flag() as stop, shell.progress() as progress:
+        task = progress.add_task("packing", total=None)
+        for event in core.pack(config, tokenizer=open_tokenizer(str(config.tokenizer)), stdin=stdin, stop=stop):
+            if isinstance(event, core.PackPlanned):
+                _show_plan(event, shell)
+            elif isinstance(event, core.PackProgress):
+                text = f"{event.num_documents:,} documents, {event.num_tokens:,} tokens"
+                progress.update(task, completed=event.num_bytes_done, total=event.num_bytes, description=text)
+            elif isinstance(event, core.ShardWritten):
+                shell.detail(f"{event.name}: {event.num_tokens:,} tokens, {event.num_bytes:,} bytes")
+            elif isinstance(event, core.PackWarned):
+                shell.warn(event.message)
+            else:
+                done = event
+    assert done is not None
+    _show_result(done, shell)
+    if done.num_errors:
+        raise PartialFailure(f"{done.num_errors:,} records could not be read and were left out; {done.errors_file} lists them")
+
+
+def _show_plan(plan: "PackPlanned", shell: Shell) -> None:
+    size = "stdin" if plan.num_bytes is None else f"{plan.num_bytes:,} bytes"
+    held_out = {
+        "hash": f"{plan.val_fraction:.4g} of the documents held out",
+        "tail": f"the last {plan.val_fraction:.4g} of each document held out",
+        "data": "validation from --val-data",
+    }.get(plan.split_kind, "nothing held out")
+    files = "1 input" if plan.num_sources == 1 else f"{plan.num_sources:,} inputs"
+    workers = "1 worker" if plan.num_workers == 1 else f"{plan.num_workers} workers"
+    shell.note(f"packing {files} ({size}) as {plan.dtype}, vocabulary {plan.vocab_size:,}, {workers}; {held_out}")
+    if plan.num_shards_kept:
+        shell.note(f"going on with an interrupted run: {plan.num_shards_kept} finished shards are kept")
+
+
+def _show_result(done: "Packed", shell: Shell) -> None:
+    if shell.json:
+        out.line(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+    if done.already_complete:
+        shell.note(f"{done.directory}: already packed from these inputs with these settings; --overwrite packs it again")
+    _show_split("train", done.train, shell)
+    if done.val is not None:
+        _show_split("val", done.val, shell)
+    if not done.already_complete:
+        shell.note(f"packed into {done.directory}")
+
+
+def _show_split(name: str, split: "SplitSummary", shell: Shell) -> None:
+    ratio = f", {split.num_bytes / split.num_tokens:.3f} bytes a token" if split.num_tokens else ""
+    documents = "1 document" if split.num_documents == 1 else f"{split.num_documents:,} documents"
+    shell.note(f"{name:5}  {documents}, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes of text{ratio}")
+
+
+def verify(config: VerifyConfig, shell: Shell) -> None:
+    """Run `llmctl tokenize verify`."""
+    from llmctl.core.data import verify as core
+
+    damage: list[str] = []
+    done: core.Verified | None = None
+    with stop_flag() as stop, shell.progress() as progress:
+        task = progress.add_task("verifying", total=None)
+        for event in core.verify(Path(str(config.directory)), stop=stop):
+            if isinstance(event, core.VerifyProgress):
+                progress.update(task, completed=event.num_bytes_done, total=event.num_bytes)
+            elif isinstance(event, core.FileChecked):
+                shell.detail(f"{event.name}: ok, {event.num_bytes:,} bytes")
+            elif isinstance(event, core.DamageFound):
+                damage.append(event.message)
+            else:
+                done = event
+    assert done is not None
+    if shell.json:
+        out.line(json.dumps({**dataclasses.asdict(done), "damage": damage}, ensure_ascii=False))
+    for message in damage[1:]:
+        shell.note(message)
+    if damage:
+        more = f" ({len(damage)} faults in all)" if len(damage) > 1 else ""
+        raise InputError(f"{damage[0]}{more}; pack the data again, or restore the file")
+    shell.note(f"{done.directory}: sound; {done.num_files} files, {done.num_documents:,} documents, {done.num_tokens:,} tokens")
