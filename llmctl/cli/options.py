@@ -123,6 +123,8 @@ def _parameter(field: "dataclasses.Field[Any]", config: type) -> inspect.Paramet
 def _declarations(field: "dataclasses.Field[Any]", info: FieldInfo, kind: type) -> list[str]:
     flag = flag_of(field)
     if kind is bool:
+        if any("/" in alias for alias in info.flags):  # --chat/--raw: the field has names of its own for both sides
+            return list(info.flags)
         return [f"{flag}/--no-{flag.removeprefix('--')}", *info.flags]
     return [flag, *info.flags]
 
