@@ -46,6 +46,7 @@ class PanelCommand(TyperCommand):
             record = parameter.get_help_record(ctx)
             if record is not None:
                 default = "Arguments" if parameter.param_type_name == "argument" else "Options"
+                record = (record[0].partition(" <")[0], record[1])  # recent Typer versions add the Python type of an argument
                 panel = _COMMON_PANEL if parameter.name == "help" else getattr(parameter, "rich_help_panel", None) or default
                 panels.setdefault(panel, []).append(record)
         common = panels.pop(_COMMON_PANEL, [])
