@@ -8,7 +8,7 @@ from typing import Any
 
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
-from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Planned, Resumed, SampleDrawn, StepDone, Warned
+from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Planned, Resumed, RowsRead, SampleDrawn, StepDone, Warned
 
 
 def draw(events: Iterable[Event], shell: Shell, *, log_every: int) -> None:
@@ -67,10 +67,22 @@ def eval_line(done: EvalDone) -> str:
     return f"step {done.step}  held-out loss {done.loss:.4f}{bits}  ({done.num_tokens:,} tokens, {done.elapsed_s:.1f} s)"
 
 
+def rows_line(rows: RowsRead) -> str:
+    """What became of a set of supervised rows, as a line."""
+    counts = ((rows.num_cut, "cut"), (rows.num_dropped, "left out"), (rows.num_skipped, "bad and skipped"))
+    odd = "".join(f", {count:,} {what}" for count, what in counts if count)
+    return (
+        f"{rows.split + ' rows':<10} {rows.num_rows:,} read{odd}: {rows.num_tokens:,} tokens, {rows.num_learned:,} of them learned,"
+        f" in {rows.num_sequences:,} sequences of {rows.seq_len}"
+    )
+
+
 def other_line(event: Event) -> str | None:
     """Everything else that is worth a line."""
     if isinstance(event, Resumed):
         return f"going on from step {event.step} of {event.num_steps} ({event.path})"
+    if isinstance(event, RowsRead):
+        return rows_line(event)
     if isinstance(event, EvalDone):
         return eval_line(event)
     if isinstance(event, CheckpointSaved):
@@ -163,7 +175,7 @@ class _LiveView:
             self._held_out = eval_line(event)
         elif isinstance(event, SampleDrawn):
             self._sample = " ".join(event.text.split())
-        if isinstance(event, EvalDone | SampleDrawn | Resumed | Finished):
+        if isinstance(event, EvalDone | SampleDrawn | Resumed | RowsRead | Finished):
             self._console.print(Text(other_line(event) or ""))
         lines = [Text(t, overflow="ellipsis", no_wrap=True) for t in (self._numbers, self._held_out) if t]
         self._live.update(Group(self._bar, *lines, *([Text(self._sample, style="dim")] if self._sample else [])))

@@ -33,7 +33,7 @@ class FinetuneConfig:
     raw: bool = option(False, "Take prompt/completion rows as plain text, even where there is a chat template.", panel=_DATA)
     seq_len: int | None = option(
         None,
-        "Tokens in a training sequence; rows are packed into it. [default: 1024, less for a smaller context or little data]",
+        "Tokens in a training sequence; rows are packed into it. [default: as the longest row, from 256 to 1024]",
         "--max-seq-length",
         minimum=2,
         panel=_DATA,
@@ -55,8 +55,11 @@ class FinetuneConfig:
     max_steps: int | None = option_like(PretrainConfig, "max_steps")
     max_tokens: int | None = option_like(PretrainConfig, "max_tokens")
     max_time: str | None = option_like(PretrainConfig, "max_time")
-    batch_size: int = option_like(
-        PretrainConfig, "batch_size", default=8, help="Packed sequences of --seq-len tokens in an optimizer step."
+    batch_size: int | None = option_like(
+        PretrainConfig,
+        "batch_size",
+        default=None,
+        help="Packed sequences of --seq-len tokens in an optimizer step, at most an epoch's. [default: as many as hold about 16 rows]",
     )
     micro_batch_size: int | None = option_like(
         PretrainConfig, "micro_batch_size", help="Sequences in one forward and backward pass. [default: as many as make 2048 tokens]"
@@ -76,6 +79,7 @@ class FinetuneConfig:
     final_lr_fraction: float = option_like(PretrainConfig, "final_lr_fraction")
 
     eval_every: int | None = option_like(PretrainConfig, "eval_every")
+    eval_tokens: int | None = option_like(PretrainConfig, "eval_tokens")
     save_every: int | None = option_like(PretrainConfig, "save_every")
     log_every: int = option_like(PretrainConfig, "log_every")
     keep_last: int = option_like(PretrainConfig, "keep_last")
@@ -100,7 +104,7 @@ class FinetuneConfig:
             raise UsageError(f"{' and '.join(given)}: give one budget, not {len(given)}")
         if self.val_data and self.val_fraction:
             raise UsageError("--val-data and --val-fraction: give one of them")
-        if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
+        if self.micro_batch_size is not None and self.batch_size is not None and self.batch_size % self.micro_batch_size:
             raise UsageError(f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}")
         if sum((self.resume, self.auto_resume, self.resume_from is not None)) > 1:
             raise UsageError("--resume, --resume-from and --auto-resume: give one of them")

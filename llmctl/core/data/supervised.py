@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 
 TooLong = Literal["cut-end", "cut-start", "drop", "error"]
 
-DEFAULT_SEQ_LEN = 1024
+DEFAULT_SEQ_LENS = (256, 1024)
 _SEQ_LEN_STEP = 64
 _TEMPLATE_TRIALS = 10
 """So many first examples that the template refuses, and none that it takes, say that the template is wrong, not the rows."""
@@ -223,10 +223,17 @@ def _hash_fraction(text: bytes) -> float:
 
 
 def default_seq_len(examples: EncodedExamples, *, max_positions: int) -> int:
-    """DEFAULT_SEQ_LEN, less where the model sees less or where all examples together fill less (rounded up to 64)."""
-    total = int((examples.rows.lengths - 1).sum())
-    rounded = max(_SEQ_LEN_STEP, -(-total // _SEQ_LEN_STEP) * _SEQ_LEN_STEP)
-    return min(DEFAULT_SEQ_LEN, max_positions, rounded)
+    """What holds the longest example, from 256 to 1024; less where the model sees less or all examples fill less.
+
+    A few times the usual row is enough to pack well, and short sequences leave small data enough of them for steps.
+    """
+    sizes = examples.rows.lengths - 1
+    wanted = min(DEFAULT_SEQ_LENS[1], max(DEFAULT_SEQ_LENS[0], _rounded(int(sizes.max()))))
+    return min(wanted, max_positions, _rounded(int(sizes.sum())))
+
+
+def _rounded(num_tokens: int) -> int:
+    return -(-num_tokens // _SEQ_LEN_STEP) * _SEQ_LEN_STEP
 
 
 @dataclass(frozen=True)

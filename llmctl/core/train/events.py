@@ -39,6 +39,27 @@ class Planned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsRead:
+    """Supervised rows are read, checked and packed; one event for the training rows, one for held-out ones."""
+
+    split: str
+    """ "train" or "val"."""
+    num_rows: int
+    num_skipped: int
+    """Rows that break a rule, left out by --on-error skip."""
+    num_examples: int
+    num_cut: int
+    num_dropped: int
+    """Rows left out because they are too long, or have no answer token left."""
+    num_tokens: int
+    num_learned: int
+    """Tokens with a loss."""
+    num_sequences: int
+    """Packed sequences in an epoch."""
+    seq_len: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class Resumed:
     """Training goes on from a checkpoint."""
 
@@ -122,4 +143,4 @@ class Finished:
     path: str
 
 
-Event = Planned | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Warned | Finished
+Event = Planned | RowsRead | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Warned | Finished

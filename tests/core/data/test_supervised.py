@@ -163,9 +163,9 @@ def test_no_good_row_is_an_error_also_when_skipping(tmp_path: Path) -> None:
 def test_a_template_that_refuses_names_the_row_and_gives_up_early(tmp_path: Path) -> None:
     path = write_jsonl(tmp_path / "rows.jsonl", pairs(40))
     encoder = encoder_of(byte_tokenizer(chat_template="{{ raise_exception('no such turn') }}"))
-    with pytest.raises(InputError, match="row 1: .*no such turn"):
+    with pytest.raises(InputError, match=r"row 1: .*no such turn"):
         load_examples([path], encoder, skip_bad=False)
-    with pytest.raises(InputError, match="row 11: .*the 10 rows before it failed too"):
+    with pytest.raises(InputError, match=r"row 11: .*the 10 rows before it failed too"):
         load_examples([path], encoder, skip_bad=True)
 
 
@@ -231,12 +231,16 @@ def test_rows_without_an_answer_left_are_counted_and_refused(tmp_path: Path) -> 
         fit_examples(examples, seq_len=1, too_long="drop", drop_empty=True)
 
 
-def test_the_default_length_is_no_longer_than_all_rows_together_or_the_model(tmp_path: Path) -> None:
-    examples = plain_examples(tmp_path, [one("a", "x" * 100)])
-    assert default_seq_len(examples, max_positions=4096) == 128
-    assert default_seq_len(examples, max_positions=64) == 64
-    many = plain_examples(tmp_path, [one("a", f"{i:0100}") for i in range(40)])
-    assert default_seq_len(many, max_positions=4096) == 1024
+def test_the_default_length_follows_the_rows_and_the_model(tmp_path: Path) -> None:
+    def default(rows: list[dict[str, str]], max_positions: int = 4096) -> int:
+        return default_seq_len(plain_examples(tmp_path, rows), max_positions=max_positions)
+
+    many = [one("a", f"{i:0100}") for i in range(40)]
+    assert default(many) == 256
+    assert default(many, 64) == 64
+    assert default([*many, one("a", "x" * 300)]) == 320
+    assert default([*many, one("a", "x" * 3000)]) == 1024
+    assert default([one("a", "x" * 100)]) == 128
 
 
 def test_marks_survive_the_store(tmp_path: Path) -> None:

@@ -1,0 +1,32 @@
+"""`llmctl finetune`: draws the events of core.train."""
+
+import typer
+
+from llmctl.cli.options import add_command
+from llmctl.cli.pretrain import with_stored
+from llmctl.cli.shell import Shell
+from llmctl.core.config.finetune import FinetuneConfig
+
+_HELP = """Teach a model answers, from rows in chat or instruction form.
+
+Rows are JSONL (or a JSON array, also .gz) of one form a file: messages, conversations (ShareGPT), instruction/input/output,
+instruction/instances, or prompt/completion. The loss is on the answers and the token that ends them. Rows are packed into
+sequences of --seq-len, and attention stays within each row. A run folder comes out, as from pretrain: its checkpoints are
+Hugging Face model directories with tokenizer and chat template, and a run stopped in any way goes on with --resume, bit for bit."""
+
+
+def register(app: typer.Typer) -> None:
+    """Add the command to the program."""
+    add_command(app, name="finetune", command="finetune", config=FinetuneConfig, run=run, help=_HELP)
+
+
+def run(config: FinetuneConfig, shell: Shell) -> None:
+    """Run the command."""
+    from llmctl.cli.signals import stop_flag
+    from llmctl.cli.training_view import draw
+
+    config = with_stored(config, shell)
+    with stop_flag() as stop:
+        from llmctl.core.train.finetune import train
+
+        draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, log_every=config.log_every)

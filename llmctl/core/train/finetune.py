@@ -1,0 +1,347 @@
+"""Supervised fine-tuning: from FinetuneConfig to a job for the loop. Knows rows, templates and models; knows no command line."""
+
+import dataclasses
+import hashlib
+import json
+import shlex
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+
+from llmctl.core.checkpoint import LoadedModel, load_model, load_tokenizer, resolve_model, save_model
+from llmctl.core.config.finetune import DEFAULT_EPOCHS, FinetuneConfig
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.data.chat import BadRow
+from llmctl.core.data.packing import PackedSource
+from llmctl.core.data.supervised import (
+    EncodedExamples,
+    ExampleEncoder,
+    Fitted,
+    Loaded,
+    TooLong,
+    default_chat_template,
+    default_seq_len,
+    fit_examples,
+    load_examples,
+    with_template,
+)
+from llmctl.core.errors import InputError, NotFoundError, PartialFailure, UsageError
+from llmctl.core.files import atomic_write
+from llmctl.core.model import Decoder
+from llmctl.core.model.facts import flops_per_token
+from llmctl.core.runlog import RunFolder
+from llmctl.core.tokenizer import Tokenizer
+from llmctl.core.train import state as checkpoints
+from llmctl.core.train.evaluation import HeldOut
+from llmctl.core.train.events import Event, RowsRead, Warned
+from llmctl.core.train.loop import Stop, TrainJob
+from llmctl.core.train.objectives import NextToken
+from llmctl.core.train.plan import (
+    Machine,
+    Prepared,
+    Sizes,
+    is_hidden_matrix,
+    loop_of,
+    micro_batch_size,
+    optim_of,
+    schedule_of,
+    settings_of,
+    train_subject,
+)
+
+SKIPPED_NAME = "skipped_rows.jsonl"
+"""In the run folder: the rows that --on-error skip left out."""
+
+SHAPING = ("method", "mask_prompt", "raw", "too_long", "drop_empty", "val_fraction", "resize_vocab", "on_error")
+"""Settings that shape a run of this kind, beside those of any run."""
+
+_ROWS_PER_STEP = 16
+_MICRO_BATCH_TOKENS = 2048
+_WARMUP_SHARE = 0.03
+_MAX_TEMPLATE_BYTES = 1 << 20
+_EDGE_BYTES = 1 << 20
+
+
+def train(config: FinetuneConfig, *, stop: Stop = lambda: None, save_requested: Callable[[], bool] = lambda: False) -> Iterator[Event]:
+    """Fine-tune as `config` says, or go on with a run; yields events and ends with Finished (or Planned, for a dry run).
+
+    Raises PartialFailure at the end when rows were skipped, and LlmctlError of many kinds, each before anything is lost.
+    """
+    if config.model is None:
+        raise UsageError("--model is missing: the model to start from")
+    if not config.data:
+        raise UsageError("--data is missing: a JSONL file of rows in chat or instruction form")
+    subject = _Finetune(config)
+    yield from train_subject(config, subject, stop=stop, save_requested=save_requested)
+    if subject.bad_rows:
+        listed = f"; they are listed in {config.out_dir / SKIPPED_NAME}" if config.out_dir is not None and not config.dry_run else ""
+        raise PartialFailure(f"{len(subject.bad_rows):,} bad rows were skipped, the first: {subject.bad_rows[0]}{listed}")
+
+
+@dataclass(frozen=True)
+class _Base:
+    """The model to start from, and its tokenizer with the template that conversations go through."""
+
+    loaded: LoadedModel
+    architecture: ModelConfig
+    """The model's facts, with a vocabulary that has grown if it was to."""
+    plain: Tokenizer
+    chat: Tokenizer
+    has_template: bool
+    """Whether `chat`'s template is the model's own or was given, rather than a default."""
+
+
+class _Finetune:
+    """The Subject of fine-tuning; see plan.Subject."""
+
+    fate = "finetune"
+
+    def __init__(self, config: FinetuneConfig) -> None:
+        self._config = config
+        self.bad_rows: list[BadRow] = []
+        self._prepared: Prepared | None = None
+
+    @property
+    def prepared(self) -> Prepared:
+        """What `open` found."""
+        assert self._prepared is not None
+        return self._prepared
+
+    def open(self, stop: Stop) -> Iterator[Event]:
+        """Open the model, read and check every row. Nothing is written."""
+        config = self._config
+        for path in (*config.data, *config.val_data):
+            if not path.exists():
+                raise NotFoundError(f"{path}: no such file")
+        self._base = base = _open_base(config)
+        encoder = ExampleEncoder(
+            plain=base.plain, chat=base.chat, templated=base.has_template and not config.raw, mask_prompt=config.mask_prompt
+        )
+        skip_bad = config.on_error == "skip"
+        train = load_examples(config.data, encoder, skip_bad=skip_bad, held_out_fraction=config.val_fraction, stop=stop)
+        self.bad_rows += train.bad_rows
+        held_out = train.held_out
+        if config.val_data:
+            val = load_examples(config.val_data, encoder, skip_bad=skip_bad, stop=stop)
+            self.bad_rows += val.bad_rows
+            held_out = val.train
+        if not len(train.train.rows) or (config.val_fraction and not len(held_out.rows)):
+            side = "training" if not len(train.train.rows) else "validation"
+            raise UsageError(
+                f"--val-fraction {config.val_fraction} leaves no row for {side} out of {len(train.held_out.rows) + len(train.train.rows)}"
+            )
+        self._digest = train.digest
+        self._saved_tokenizer = base.chat if base.has_template or train.uses_conversations else base.plain
+        yield from self._remarks(base, train)
+        seq_len = config.seq_len or default_seq_len(train.train, max_positions=base.architecture.max_positions)
+        if seq_len > base.architecture.max_positions:
+            raise UsageError(f"--seq-len {seq_len}: the model sees {base.architecture.max_positions} tokens; give at most that")
+        self._source, fitted = yield from self._pack(train.train, "train", seq_len, train.num_rows, len(train.bad_rows))
+        self._held_out: PackedSource | None = None
+        if len(held_out.rows):
+            self._held_out, _ = yield from self._pack(held_out, "val", seq_len, len(held_out.rows), 0)
+        self._prepared = self._prepare(fitted, seq_len)
+
+    def _remarks(self, base: _Base, loaded: Loaded) -> Iterator[Event]:
+        if loaded.uses_conversations and not base.has_template:
+            kind = "ChatML" if "<|im_start|>" in (base.chat.chat_template or "") else "plain-text"
+            yield Warned(
+                message=f"the model has no chat template, so conversations go through the default {kind} one,"
+                " which is saved with the result; --chat-template FILE gives another"
+            )
+        ids, learn = loaded.train.rows.row(0)
+        last = int(ids[learn.nonzero()[0][-1]]) if learn.any() else None
+        if last is not None and last not in base.chat.special_ids and self._config.mask_prompt:
+            yield Warned(message="the chat template puts no special token after an answer, so the model will not learn where to stop")
+
+    def _pack(self, examples: EncodedExamples, split: str, seq_len: int, num_rows: int, num_bad: int) -> Any:
+        config = self._config
+        fitted = fit_examples(examples, seq_len=seq_len, too_long=cast(TooLong, config.too_long), drop_empty=config.drop_empty)
+        source = PackedSource(
+            fitted.rows,
+            seq_len=seq_len,
+            seed=config.seed,
+            data_hash=self._digest,
+            pad_id=self._base.plain.pad_id or self._base.plain.eos_id or 0,
+            shuffle=split == "train",
+        )
+        if fitted.num_too_long:
+            fate = "were cut" if fitted.num_cut else "were left out"
+            yield Warned(
+                message=f"{fitted.num_too_long:,} {split} rows are longer than --seq-len {seq_len}"
+                f" and {fate} (--too-long {config.too_long})"
+            )
+        if fitted.num_empty:
+            yield Warned(message=f"{fitted.num_empty:,} {split} rows had no answer token within --seq-len {seq_len} and were left out")
+        yield RowsRead(
+            split=split,
+            num_rows=num_rows,
+            num_skipped=num_bad,
+            num_examples=fitted.num_examples,
+            num_cut=fitted.num_cut,
+            num_dropped=fitted.num_too_long - fitted.num_cut + fitted.num_empty,
+            num_tokens=fitted.num_tokens,
+            num_learned=fitted.num_learned,
+            num_sequences=source.samples_per_epoch,
+            seq_len=seq_len,
+        )
+        return source, fitted
+
+    def _prepare(self, fitted: Fitted, seq_len: int) -> Prepared:
+        config, source = self._config, self._source
+        rows_per_sequence = fitted.num_examples / source.samples_per_epoch
+        batch_size = config.batch_size or max(1, round(_ROWS_PER_STEP / rows_per_sequence))
+        batch_size = min(batch_size, source.samples_per_epoch)
+        micro = micro_batch_size(config.micro_batch_size, batch_size=batch_size, seq_len=seq_len, most_tokens=_MICRO_BATCH_TOKENS)
+        return Prepared(
+            sizes=Sizes(seq_len=seq_len, batch_size=batch_size, micro_batch_size=micro),
+            samples_per_epoch=source.samples_per_epoch,
+            data_tokens=fitted.num_tokens,
+            architecture=self._base.architecture,
+            family=self._base.loaded.family,
+            default_epochs=DEFAULT_EPOCHS,
+            default_warmup=lambda num_steps: round(_WARMUP_SHARE * num_steps),
+        )
+
+    def make_job(self, run: RunFolder, where: Machine, checkpoint: checkpoints.Checkpoint | None) -> TrainJob:
+        """See plan.Subject."""
+        config, base, prepared = self._config, self._base, self.prepared
+        architecture, tokenizer, family = base.architecture, self._saved_tokenizer, base.loaded.family
+        generation = {**base.loaded.generation, "eos_token_id": list(_end_ids(tokenizer, base.loaded.eos_ids))}
+        if self.bad_rows:
+            _list_skipped(run.path / SKIPPED_NAME, self.bad_rows)
+        torch.manual_seed(config.seed)
+        model = _grown(base.loaded.model.float(), architecture).to(where.device)
+        model.train()
+
+        def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
+            save_model(
+                folder, config=architecture, family=family, tensors=tensors, dtype=torch.float32, tokenizer=tokenizer, generation=generation
+            )
+
+        def read_model(folder: Path) -> Mapping[str, Tensor]:
+            return load_model(folder, dtype=torch.float32).model.state_dict()
+
+        template = tokenizer.chat_template or ""
+        return TrainJob(
+            run=run,
+            model=model,
+            source=self._source,
+            objective=NextToken(),
+            optim=optim_of(config),
+            schedule=schedule_of(config),
+            loop=loop_of(config, prepared.sizes),
+            compute_dtype=where.dtype,
+            device=where.device,
+            write_model=write_model,
+            read_model=read_model,
+            settings=settings_of(config, prepared.sizes, where) | {name: getattr(config, name) for name in SHAPING},
+            identity={
+                "data": self._digest,
+                "tokenizer": tokenizer.fingerprint,
+                "chat_template": hashlib.sha256(template.encode()).hexdigest(),
+                "model": json.loads(json.dumps(dataclasses.asdict(architecture))),
+                "base_model": _weights_digest(base.loaded.path),
+            },
+            resume_command=f"llmctl finetune --out-dir {shlex.quote(str(config.out_dir))} --resume",
+            hidden_matrices=tuple(n for n, p in model.named_parameters() if is_hidden_matrix(n, p.ndim)),
+            held_out=self._evaluation(),
+            resume=checkpoint,
+            allow_change=config.allow_change,
+            flops_per_token=flops_per_token(architecture, prepared.sizes.seq_len),
+            matmul_peak=where.matmul_peak,
+            threads=where.threads,
+        )
+
+    def _evaluation(self) -> HeldOut | None:
+        if self._held_out is None:
+            return None
+        token_bytes = torch.from_numpy(self._base.plain.token_bytes()).long()
+        return HeldOut(self._held_out, self.prepared.sizes.micro_batch_size, token_bytes)
+
+
+def _open_base(config: FinetuneConfig) -> _Base:
+    assert config.model is not None
+    path = resolve_model(config.model)
+    plain = load_tokenizer(path)
+    loaded = load_model(path)
+    architecture = loaded.config
+    if plain.vocab_size > architecture.vocab_size:
+        if not config.resize_vocab:
+            raise InputError(
+                f"{path}: the tokenizer has {plain.vocab_size:,} ids, the model has {architecture.vocab_size:,} embeddings;"
+                " --resize-vocab lets the embeddings grow, if the two belong together"
+            )
+        architecture = dataclasses.replace(architecture, vocab_size=plain.vocab_size)
+    template = _read_template(config.chat_template) if config.chat_template is not None else plain.chat_template
+    if template is not None:
+        return _Base(loaded, architecture, plain, with_template(plain, template), has_template=True)
+    if plain.eos_id is None:
+        return _Base(loaded, architecture, plain, plain, has_template=False)  # conversations will be refused, completions too
+    return _Base(loaded, architecture, plain, with_template(plain, default_chat_template(plain)), has_template=False)
+
+
+def _read_template(path: Path) -> str:
+    try:
+        data = path.read_bytes()
+    except FileNotFoundError as error:
+        raise NotFoundError(f"--chat-template {path}: no such file") from error
+    except OSError as error:
+        raise UsageError(f"--chat-template {path}: {error.strerror}") from error
+    if len(data) > _MAX_TEMPLATE_BYTES:
+        raise InputError(f"--chat-template {path}: {len(data):,} bytes, more than the {_MAX_TEMPLATE_BYTES:,} that a template may have")
+    try:
+        return data.decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise InputError(f"--chat-template {path}: not UTF-8 at byte {error.start}") from error
+
+
+def _end_ids(tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
+    """The ids that end a text of the result: what ends an answer, then what ended one before."""
+    first = sorted(tokenizer.end_of_turn_ids) if tokenizer.chat_template is not None else []
+    own = [tokenizer.eos_id] if tokenizer.eos_id is not None else []
+    return tuple(dict.fromkeys([*first, *(eos_ids or own)]))
+
+
+def _grown(model: Decoder, architecture: ModelConfig) -> Decoder:
+    """`model` with embeddings (and head) for `architecture.vocab_size` ids; new rows are the mean of the old ones.
+
+    The mean keeps what the model says of known ids nearly as it was (Hewitt 2021, "Initializing new word embeddings").
+    """
+    num_new = architecture.vocab_size - model.config.vocab_size
+    if num_new == 0:
+        return model
+    tensors = dict(model.state_dict())
+    for name in ("embed.weight", "head.weight", "head.bias"):
+        if name in tensors:
+            old = tensors[name]
+            tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(num_new, *old.shape[1:])])
+    with torch.device("meta"):
+        result = Decoder(architecture)
+    result.load_state_dict(tensors, assign=True)
+    return result
+
+
+def _weights_digest(path: Path) -> str:
+    """Tells models of one architecture apart, cheaply: names, sizes and the first and last MiB of the weight files."""
+    digest = hashlib.sha256()
+    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
+    for file in files:
+        num_bytes = file.stat().st_size
+        digest.update(f"{file.name} {num_bytes}\n".encode())
+        with open(file, "rb") as stream:
+            digest.update(stream.read(_EDGE_BYTES))
+            stream.seek(max(0, num_bytes - _EDGE_BYTES))
+            digest.update(stream.read())
+    return digest.hexdigest()
+
+
+def _list_skipped(path: Path, bad_rows: list[BadRow]) -> None:
+    with atomic_write(path) as file:
+        for bad in bad_rows:
+            line = {"file": str(bad.file), "row": bad.number, "rule": bad.rule}
+            file.write((json.dumps(line, ensure_ascii=False) + "\n").encode("utf-8", "replace"))

@@ -1,0 +1,364 @@
+"""What every kind of training plans alike: resume, budget, machine, plan and the order of doing. Knows no data and no command.
+
+A Subject is what is trained on what. It opens and checks everything before anything is written; then the run folder is
+entered, the job made, the plan told, and the loop started.
+"""
+
+import dataclasses
+import math
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal, Protocol, cast
+
+import torch
+
+from llmctl.core.config.finetune import FinetuneConfig
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig, seconds, skips_allowed
+from llmctl.core.config.stored import to_toml
+from llmctl.core.errors import NotFoundError, UsageError
+from llmctl.core.files import check_out_dir
+from llmctl.core.model.facts import flops_per_token, num_parameters, tensor_shapes, training_memory
+from llmctl.core.runlog import RunFolder
+from llmctl.core.train import machine
+from llmctl.core.train import state as checkpoints
+from llmctl.core.train.events import Event, Planned, Warned
+from llmctl.core.train.loop import LoopConfig, Stop, Trainer, TrainJob
+from llmctl.core.train.optim import OptimConfig
+from llmctl.core.train.schedule import Schedule
+
+RunConfig = PretrainConfig | FinetuneConfig
+
+SHAPING = (
+    "seed",
+    "max_steps",
+    "max_tokens",
+    "epochs",
+    "max_time",
+    "optimizer",
+    "learning_rate",
+    "muon_learning_rate",
+    "weight_decay",
+    "beta1",
+    "beta2",
+    "muon_momentum",
+    "clip",
+    "schedule",
+    "warmup_steps",
+    "decay_fraction",
+    "final_lr_fraction",
+)
+"""Settings that shape the course of any run, beside its sizes and the dtype: a resume compares them."""
+_BUDGET = ("max_steps", "max_tokens", "epochs", "max_time")
+
+_EXPECTED_PEAK_SHARE = 0.5
+"""Of the measured matmul peak, for the estimate of time."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """Where and how it is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    matmul_peak: float
+    threads: int
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sizes:
+    """A step: `batch_size` sequences of `seq_len` tokens, `micro_batch_size` of them at a time."""
+
+    seq_len: int
+    batch_size: int
+    micro_batch_size: int
+
+    @property
+    def batch_tokens(self) -> int:
+        """Tokens in a step."""
+        return self.batch_size * self.seq_len
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prepared:
+    """What a Subject found when it opened everything."""
+
+    sizes: Sizes
+    samples_per_epoch: int
+    data_tokens: int
+    architecture: ModelConfig
+    family: str
+    default_epochs: float
+    default_warmup: Callable[[int], int]
+    """Steps of warm-up for so many steps in all, where --warmup-steps is not given."""
+
+
+class Subject(Protocol):
+    """What is trained on what."""
+
+    @property
+    def verb(self) -> str:
+        """The command's name, for messages that say how to go on."""
+        ...
+
+    def open(self, stop: Stop) -> Iterator[Event]:
+        """Open and check everything, without writing anything."""
+        ...
+
+    @property
+    def prepared(self) -> Prepared:
+        """After `open`."""
+        ...
+
+    def make_job(self, run: RunFolder, where: Machine, checkpoint: checkpoints.Checkpoint | None) -> TrainJob:
+        """The job, with weights; its schedule's steps and its loop's intervals are filled in afterwards."""
+        ...
+
+
+def train_subject(config: RunConfig, subject: Subject, *, stop: Stop, save_requested: Callable[[], bool]) -> Iterator[Event]:
+    """Train `subject` as `config` says, or go on with its run; ends with Finished (or Planned, for a dry run).
+
+    Raises LlmctlError of many kinds, each before anything is lost; see the loop's Trainer.events.
+    """
+    if config.out_dir is None and not config.dry_run:
+        raise UsageError("--out-dir is missing: the run folder for checkpoints and metrics")
+    resuming = _wants_resume(config)
+    run: RunFolder | None = None
+    if config.out_dir is not None and not resuming:
+        check_out_dir(config.out_dir)
+        _refuse_used(config)
+    if resuming and config.out_dir is not None and not config.dry_run:
+        run = RunFolder(config.out_dir, fresh=False)  # held before the checkpoints are looked at
+    try:
+        checkpoint, warnings = _find_checkpoint(config) if resuming else (None, [])
+        yield from (Warned(message=text) for text in warnings)
+        yield from subject.open(stop)
+        where = _choose_machine(config, checkpoint)
+        if config.auto_resume and checkpoint is None:
+            yield Warned(message=f"{config.out_dir}: no checkpoint to go on from, so the run starts afresh")
+        if config.dry_run:
+            yield _plan(config, subject.prepared, where, _num_steps(config, subject.prepared, where, checkpoint, None))
+            return
+        assert config.out_dir is not None
+        if run is None:
+            run = RunFolder(config.out_dir, fresh=not config.auto_resume)
+        yield from _run(config, subject, where, run, checkpoint, stop, save_requested)
+    finally:
+        if run is not None:
+            run.close()
+
+
+def _refuse_used(config: RunConfig) -> None:
+    """Say early, before data is read, what RunFolder would say later."""
+    if config.out_dir is not None and not config.auto_resume and checkpoints.step_folders(config.out_dir):
+        raise UsageError(
+            f"--out-dir {config.out_dir}: a run is there already; go on with it by --resume (or --auto-resume), or choose another folder"
+        )
+
+
+def _wants_resume(config: RunConfig) -> bool:
+    if config.resume_from is not None:
+        if config.out_dir is not None and config.resume_from.resolve().parent != config.out_dir.resolve():
+            raise UsageError(f"--resume-from {config.resume_from}: is not a checkpoint of --out-dir {config.out_dir}")
+        if not config.resume_from.is_dir():
+            raise NotFoundError(f"--resume-from {config.resume_from}: no such checkpoint")
+        return True
+    if config.resume:
+        if config.out_dir is None or not config.out_dir.is_dir():
+            raise NotFoundError(f"--resume: no run folder {config.out_dir}; --auto-resume starts one")
+        return True
+    return config.auto_resume and config.out_dir is not None and bool(checkpoints.step_folders(config.out_dir))
+
+
+def _find_checkpoint(config: RunConfig) -> tuple[checkpoints.Checkpoint, list[str]]:
+    if config.resume_from is not None:
+        checkpoints.step_of(config.resume_from)
+        return checkpoints.open_checkpoint(config.resume_from), []
+    assert config.out_dir is not None
+    found, warnings = checkpoints.newest_good(config.out_dir)
+    if found is None:
+        raise NotFoundError(f"--resume: {config.out_dir} holds no checkpoint; --auto-resume starts afresh in such a case")
+    return found, warnings
+
+
+def _choose_machine(config: RunConfig, checkpoint: checkpoints.Checkpoint | None) -> Machine:
+    machine.prepare(threads=config.threads)
+    device = machine.choose_device(config.device)
+    wanted = config.dtype
+    if wanted == "auto" and checkpoint is not None:
+        wanted = checkpoint.state.settings.get("dtype", "auto")
+    dtype = machine.choose_dtype(wanted, device)
+    return Machine(device, dtype, machine.matmul_peak(dtype, device), torch.get_num_threads())
+
+
+def micro_batch_size(wanted: int | None, *, batch_size: int, seq_len: int, most_tokens: int) -> int:
+    """`wanted`, or the largest part of a batch that divides it and holds at most `most_tokens` tokens (one sequence at least)."""
+    most = max(1, most_tokens // seq_len) if wanted is None else wanted
+    return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+
+
+def _num_steps(
+    config: RunConfig, prepared: Prepared, where: Machine, checkpoint: checkpoints.Checkpoint | None, trainer: Trainer | None
+) -> int:
+    """The budget in steps; a resumed run keeps its own, unless the budget itself was changed."""
+    if checkpoint is not None and all(checkpoint.state.settings.get(k) == getattr(config, k) for k in _BUDGET):
+        return checkpoint.state.num_steps
+    sizes = prepared.sizes
+    if config.max_steps is not None:
+        return config.max_steps
+    if config.max_tokens is not None:
+        return math.ceil(config.max_tokens / sizes.batch_tokens)
+    if config.max_time is not None:
+        if trainer is not None:
+            step_s = trainer.time_steps()
+        else:
+            flops = sizes.batch_tokens * flops_per_token(prepared.architecture, sizes.seq_len)
+            step_s = flops / (where.matmul_peak * _EXPECTED_PEAK_SHARE)
+        return max(1, int(seconds(config.max_time, flag="--max-time") / step_s))
+    epochs = config.epochs if config.epochs is not None else prepared.default_epochs
+    return max(1, math.ceil(epochs * prepared.samples_per_epoch / sizes.batch_size))
+
+
+def _intervals(config: RunConfig, num_steps: int) -> tuple[int, int, int]:
+    """Steps between evaluations, checkpoints and samples."""
+    tenth = max(1, num_steps // 10)
+    eval_every = config.eval_every if config.eval_every is not None else tenth
+    save_every = config.save_every if config.save_every is not None else min(1000, tenth)
+    if isinstance(config, FinetuneConfig):
+        return eval_every, save_every, 0
+    return eval_every, save_every, config.sample_every if config.sample_every is not None else eval_every
+
+
+def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int) -> Planned:
+    architecture, sizes = prepared.architecture, prepared.sizes
+    count = num_parameters(architecture).total
+    flops = flops_per_token(architecture, sizes.seq_len)
+    muon_share = _hidden_numbers(architecture) / count if config.optimizer == "muon" else 0.0
+    memory = training_memory(
+        architecture,
+        tokens_per_micro_batch=sizes.micro_batch_size * sizes.seq_len,
+        compute_bytes=where.dtype.itemsize,
+        moments=2.0 - muon_share,
+    )
+    total_flops = flops * sizes.batch_tokens * num_steps
+    eval_every, save_every, sample_every = _intervals(config, num_steps)
+    return Planned(
+        num_parameters=count,
+        num_layers=architecture.num_layers,
+        hidden_size=architecture.hidden_size,
+        vocab_size=architecture.vocab_size,
+        family=prepared.family,
+        data_tokens=prepared.data_tokens,
+        num_steps=num_steps,
+        batch_tokens=sizes.batch_tokens,
+        num_tokens=sizes.batch_tokens * num_steps,
+        epochs=sizes.batch_size * num_steps / prepared.samples_per_epoch,
+        flops_per_token=flops,
+        total_flops=total_flops,
+        memory_bytes=memory.total_bytes,
+        checkpoint_bytes=int(count * 4 * (3.0 - muon_share)),
+        matmul_peak_flops=where.matmul_peak,
+        estimated_s=total_flops / (where.matmul_peak * _EXPECTED_PEAK_SHARE),
+        seq_len=sizes.seq_len,
+        batch_size=sizes.batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        warmup_steps=config.warmup_steps if config.warmup_steps is not None else prepared.default_warmup(num_steps),
+        eval_every=eval_every,
+        save_every=save_every,
+        sample_every=sample_every,
+        dtype=machine.dtype_name(where.dtype),
+        device=str(where.device),
+        threads=where.threads,
+        seed=config.seed,
+        run_dir=str(config.out_dir),
+    )
+
+
+def _hidden_numbers(architecture: ModelConfig) -> int:
+    return sum(math.prod(shape) for name, shape in tensor_shapes(architecture).items() if is_hidden_matrix(name, len(shape)))
+
+
+def is_hidden_matrix(name: str, num_dimensions: int) -> bool:
+    """Whether Muon treats the parameter: a matrix between hidden states, not an embedding or the head."""
+    return name.startswith("layers.") and num_dimensions == 2
+
+
+def _run(
+    config: RunConfig,
+    subject: Subject,
+    where: Machine,
+    run: RunFolder,
+    checkpoint: checkpoints.Checkpoint | None,
+    stop: Stop,
+    save_requested: Callable[[], bool],
+) -> Iterator[Event]:
+    prepared = subject.prepared
+    job = subject.make_job(run, where, checkpoint)
+    if checkpoint is not None:
+        for text in checkpoints.compare(
+            checkpoint.state, settings=job.settings, identity=job.identity, allowed=config.allow_change, threads=where.threads
+        ):
+            yield Warned(message=text)
+    run.store_config(to_toml(config, leave_out=RESUME_ONLY))
+    trainer = Trainer(job)
+    num_steps = _num_steps(config, prepared, where, checkpoint, trainer)
+    if checkpoint is not None and num_steps < checkpoint.state.step:
+        raise UsageError(f"the budget is {num_steps} steps, but the run has already done {checkpoint.state.step}; raise it")
+    plan = _plan(config, prepared, where, num_steps)
+    warmup_steps = plan.warmup_steps
+    if checkpoint is not None and config.warmup_steps == checkpoint.state.settings.get("warmup_steps"):
+        warmup_steps = checkpoint.state.warmup_steps
+    job.schedule = dataclasses.replace(job.schedule, num_steps=num_steps, warmup_steps=warmup_steps)
+    job.loop = dataclasses.replace(job.loop, eval_every=plan.eval_every, save_every=plan.save_every, sample_every=plan.sample_every)
+    yield plan
+    free = shutil.disk_usage(run.path).free
+    if free < 2 * trainer.checkpoint_bytes:
+        yield Warned(
+            message=f"{run.path}: {free:,} bytes are free, two checkpoints need {2 * trainer.checkpoint_bytes:,};"
+            " a save may fail for lack of room"
+        )
+    yield from trainer.events(stop, save_requested)
+
+
+def settings_of(config: RunConfig, sizes: Sizes, where: Machine) -> dict[str, object]:
+    """What shapes the course of a run, as a checkpoint stores it."""
+    return {name: getattr(config, name) for name in SHAPING} | dataclasses.asdict(sizes) | {"dtype": machine.dtype_name(where.dtype)}
+
+
+def optim_of(config: RunConfig) -> OptimConfig:
+    """The optimizer's part of the settings."""
+    return OptimConfig(
+        kind=cast(Literal["muon", "adamw"], config.optimizer),
+        learning_rate=config.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
+        weight_decay=config.weight_decay,
+        beta1=config.beta1,
+        beta2=config.beta2,
+        muon_momentum=config.muon_momentum,
+        clip=config.clip or None,
+    )
+
+
+def schedule_of(config: RunConfig) -> Schedule:
+    """The schedule's part of the settings; the number of steps comes later."""
+    return Schedule(
+        num_steps=1,
+        kind=cast(Literal["cosine", "linear", "wsd"], config.schedule),
+        decay_fraction=config.decay_fraction,
+        final_fraction=config.final_lr_fraction,
+    )
+
+
+def loop_of(config: RunConfig, sizes: Sizes) -> LoopConfig:
+    """The loop's part of the settings; the intervals come later."""
+    return LoopConfig(
+        batch_size=sizes.batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        log_every=config.log_every,
+        eval_tokens=config.eval_tokens or LoopConfig.eval_tokens,
+        final_eval_tokens=config.eval_tokens or LoopConfig.final_eval_tokens,
+        keep_last=config.keep_last,
+        nonfinite_skips=skips_allowed(config.nonfinite),
+        on_full=cast(Literal["fail", "wait"], config.on_full),
+    )

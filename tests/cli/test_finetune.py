@@ -1,0 +1,76 @@
+"""`llmctl finetune` as a person or a script meets it: exit codes, streams, and the way from rows to an answer."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests.core.data.test_chat import write_jsonl
+from tests.core.train.test_finetune import ROWS, tiny_base
+
+
+def llmctl(*arguments: Any, **environ: str) -> "subprocess.CompletedProcess[str]":
+    command = [sys.executable, "-m", "llmctl", *map(str, arguments)]
+    return subprocess.run(command, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1", **environ}, timeout=300)
+
+
+@pytest.fixture(scope="module")
+def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with a base model, good rows, and rows of which the second is bad."""
+    folder = tmp_path_factory.mktemp("finetune")
+    tiny_base(folder / "base")
+    write_jsonl(folder / "rows.jsonl", ROWS)
+    write_jsonl(folder / "bad.jsonl", [ROWS[0], {"messages": [{"role": "bot", "content": "x"}]}, *ROWS[1:]])
+    return folder
+
+
+def finetune(place: Path, *arguments: Any) -> "subprocess.CompletedProcess[str]":
+    return llmctl("finetune", "-m", place / "base", "--dtype", "f32", "--seq-len", 64, "--max-steps", 2, *arguments)
+
+
+def last_line(done: "subprocess.CompletedProcess[str]") -> str:
+    assert "Traceback" not in done.stderr
+    return done.stderr.strip().splitlines()[-1]
+
+
+def test_a_run_ends_well_and_is_told_as_json(place: Path) -> None:
+    done = finetune(place, "--data", place / "rows.jsonl", "-o", place / "run", "--json")
+    assert done.returncode == 0, done.stderr
+    events = [json.loads(line) for line in done.stdout.splitlines()]
+    assert [event["event"] for event in events if event["event"] == "StepDone"] == ["StepDone"] * 2
+    assert events[-1]["event"] == "Finished"
+    assert "train rows" in done.stderr
+    again = llmctl("finetune", "-o", place / "run", "--resume")
+    assert again.returncode == 0, again.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "code", "message"),
+    [
+        (["--data", "{place}/bad.jsonl"], 4, "bad.jsonl: row 2: message 1 has the role 'bot'"),
+        (["--data", "{place}/bad.jsonl", "--on-error", "skip", "-o", "{place}/skipping"], 3, "skipped_rows.jsonl"),
+        (["--data", "{place}/rows.jsonl", "--seq-len", "8"], 4, "--drop-empty"),
+        (["--data", "{place}/rows.jsonl", "--method", "lora"], 2, "not available yet"),
+        (["--data", "{place}/rows.jsonl", "--too-long", "fold"], 2, "--too-long"),
+        (["--data", "{place}/none.jsonl"], 10, "none.jsonl: no such file"),
+        (["--data", "{place}/rows.jsonl", "--resume"], 10, "--resume"),
+        (["--data", "{place}/rows.jsonl", "-o", "{place}/rows.jsonl"], 2, "is a file"),
+    ],
+)
+def test_every_failure_has_its_exit_code_and_one_line(place: Path, arguments: list[str], code: int, message: str) -> None:
+    arguments = [argument.format(place=place) for argument in arguments]
+    done = finetune(place, "-o", place / "never", *arguments)
+    assert done.returncode == code, done.stderr
+    assert last_line(done).startswith("llmctl: error: ")
+    assert message in last_line(done)
+    assert not (place / "never").exists()
+    assert done.stdout == ""
+
+
+def test_help_imports_no_torch(place: Path) -> None:
+    code = "import sys; from llmctl.cli.main import run; run(['finetune', '--help']); sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
