@@ -91,9 +91,7 @@ def add_command(
     invoke.__annotations__ = {p.name: p.annotation for p in parameters}
     invoke.__name__ = name.replace("-", "_")
     REGISTERED[command] = Registered(config, help, epilog)
-    app.command(name=name, help=help, epilog=epilog, cls=PanelCommand, no_args_is_help=False, context_settings=CONTEXT_SETTINGS)(
-        invoke
-    )
+    app.command(name=name, help=help, epilog=epilog, cls=PanelCommand, no_args_is_help=False, context_settings=CONTEXT_SETTINGS)(invoke)
 
 
 def _parse(value: Any, kind: FieldType, flag: str) -> Any:
