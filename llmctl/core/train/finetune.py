@@ -56,7 +56,7 @@ from llmctl.core.train.plan import (
 SKIPPED_NAME = "skipped_rows.jsonl"
 """In the run folder: the rows that --on-error skip left out."""
 
-SHAPING = ("method", "mask_prompt", "raw", "too_long", "drop_empty", "val_fraction", "resize_vocab", "on_error")
+SHAPING = ("method", "mask_prompt", "chat", "too_long", "drop_empty", "val_fraction", "resize_vocab", "on_error")
 """Settings that shape a run of this kind, beside those of any run."""
 
 _ROWS_PER_STEP = 16
@@ -118,9 +118,8 @@ class _Finetune:
             if not path.exists():
                 raise NotFoundError(f"{path}: no such file")
         self._base = base = _open_base(config)
-        encoder = ExampleEncoder(
-            plain=base.plain, chat=base.chat, templated=base.has_template and not config.raw, mask_prompt=config.mask_prompt
-        )
+        templated = base.has_template if config.chat is None else config.chat
+        encoder = ExampleEncoder(plain=base.plain, chat=base.chat, templated=templated, mask_prompt=config.mask_prompt)
         skip_bad = config.on_error == "skip"
         train = load_examples(config.data, encoder, skip_bad=skip_bad, held_out_fraction=config.val_fraction, stop=stop)
         self.bad_rows += train.bad_rows
@@ -135,8 +134,9 @@ class _Finetune:
                 f"--val-fraction {config.val_fraction} leaves no row for {side} out of {len(train.held_out.rows) + len(train.train.rows)}"
             )
         self._digest = train.digest
-        self._saved_tokenizer = base.chat if base.has_template or train.uses_conversations else base.plain
-        yield from self._remarks(base, train)
+        used_template = templated or train.uses_conversations
+        self._saved_tokenizer = base.chat if base.has_template or used_template else base.plain
+        yield from self._remarks(base, train, used_template=used_template)
         seq_len = config.seq_len or default_seq_len(train.train, max_positions=base.architecture.max_positions)
         if seq_len > base.architecture.max_positions:
             raise UsageError(f"--seq-len {seq_len}: the model sees {base.architecture.max_positions} tokens; give at most that")
@@ -146,8 +146,8 @@ class _Finetune:
             self._held_out, _ = yield from self._pack(held_out, "val", seq_len, len(held_out.rows), 0)
         self._prepared = self._prepare(fitted, seq_len)
 
-    def _remarks(self, base: _Base, loaded: Loaded) -> Iterator[Event]:
-        if loaded.uses_conversations and not base.has_template:
+    def _remarks(self, base: _Base, loaded: Loaded, *, used_template: bool) -> Iterator[Event]:
+        if used_template and not base.has_template:
             kind = "ChatML" if "<|im_start|>" in (base.chat.chat_template or "") else "plain-text"
             yield Warned(
                 message=f"the model has no chat template, so conversations go through the default {kind} one,"

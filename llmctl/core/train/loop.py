@@ -391,7 +391,7 @@ def run_loop(job: TrainJob, *, stop: Stop, save_requested: Callable[[], bool] = 
 
 
 def _due(step: int, every: int) -> bool:
-    return every > 0 and step % every == 0
+    return every > 0 and step > 0 and step % every == 0
 
 
 def _rows_of(batch: Batch, start: int, end: int, device: torch.device) -> Batch:
