@@ -1,4 +1,4 @@
-"""Rows of a data set turned into prompts and answers. Knows tasks, jinja2 and JSON lines; knows no model and no tokenizer."""
+"""Rows of a data set turned into prompts and answers. Knows tasks, templates and JSON lines; knows no model and no tokenizer."""
 
 import gzip
 import hashlib
@@ -9,13 +9,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError
+from llmctl.core.errors import InputError, NotFoundError, UsageError
 from llmctl.core.evals.task import Task
 from llmctl.core.files import parse_json
+from llmctl.core.tokenizer.template import ChatTemplate
 
 _MAX_LINE_BYTES = 16 << 20
-MAX_TEXT_CHARS = 10_000_000
-"""What one template may render to."""
 
 
 @dataclass(frozen=True)
@@ -98,7 +97,7 @@ def _lines(path: Path, digest: Any) -> Iterator[tuple[int, bytes]]:
 
 
 class Renderer:
-    """Makes items from rows, with jinja2's immutable sandbox. One for each run of a task.
+    """Makes items from rows, with templates in a sandbox that bounds time and size. One for each run of a task.
 
     `num_fewshot` solved examples come before each question. They are drawn without replacement from `examples` by a
     generator seeded with (seed, task name, row number), never the question's own row, so an item's prompt does not
@@ -106,24 +105,20 @@ class Renderer:
     """
 
     def __init__(self, task: Task, data: DataSet, *, num_fewshot: int, seed: int, examples: DataSet | None = None) -> None:
-        import jinja2
-        from jinja2.sandbox import ImmutableSandboxedEnvironment
-
         self._task = task
         self._data = data
         self._examples = data if examples is None else examples
         self._same_rows = examples is None
         self._num_fewshot = num_fewshot
         self._seed = seed
-        self._errors = (jinja2.TemplateError, ArithmeticError, TypeError, ValueError, AttributeError, LookupError, RecursionError)
-        environment = ImmutableSandboxedEnvironment(undefined=jinja2.StrictUndefined, keep_trailing_newline=True, autoescape=False)
         sources = {"context": task.context, "gold": task.gold, "target": task.target}
         if isinstance(task.choices, tuple):
             sources |= {f"choices[{index}]": source for index, source in enumerate(task.choices)}
-        try:
-            self._templates = {key: environment.from_string(source) for key, source in sources.items() if source is not None}
-        except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"{task.path}: a template is wrong: {error.message} (line {error.lineno})") from error
+        self._templates = {
+            key: ChatTemplate(source, what=f"template {key} of {task.path}", strict=True)
+            for key, source in sources.items()
+            if source is not None
+        }
         spare = len(self._examples.rows) - (1 if self._same_rows else 0)
         if num_fewshot > spare:
             raise UsageError(f"--num-fewshot {num_fewshot}: {self._examples.path} has only {spare:,} examples to draw from")
@@ -185,11 +180,6 @@ class Renderer:
 
     def _render(self, key: str, row: Row, where: str) -> str:
         try:
-            text = self._templates[key].render(dict(row.fields))
-        except LlmctlError:
-            raise
-        except self._errors as error:
-            raise InputError(f"{where}: cannot render {key} of {self._task.path}: {error}") from error
-        if len(text) > MAX_TEXT_CHARS:
-            raise InputError(f"{where}: {key} rendered to {len(text):,} characters, more than {MAX_TEXT_CHARS:,}")
-        return text
+            return self._templates[key].render(row.fields)[0]
+        except InputError as error:
+            raise InputError(f"{where}: {error}") from error

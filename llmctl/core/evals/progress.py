@@ -62,30 +62,42 @@ class Progress:
         except OSError as error:
             progress.close()
             progress.problem = f"{folder}: {error.strerror or error}"
+        except BaseException:
+            progress.close()
+            raise
         return progress
 
     def _open(self, folder: Path, key: str, data: Mapping[str, str], restart: bool) -> None:
+        # Another process at the same job holds the lock of its own file; what it has finished is read all the same.
         paths = [folder / (f"{key}.jsonl" if twin == 0 else f"{key}-{twin}.jsonl") for twin in range(_MAX_TWINS)]
-        own = None
-        for path in paths:
-            # Another process at the same job holds the lock of its own file; what it has finished is read all the same.
-            with contextlib.suppress(LockedError):
-                self._lock = FileLock(path.with_suffix(".lock"))
-                own = path
-                break
-        if own is None:
-            self.problem = f"{folder}: {_MAX_TWINS} runs of this command are under way"
-            return
-        for path in paths:
-            if path.is_file() and not restart:
-                self._read(path, data)
-        # Written anew with what holds, so that damage does not stay; renamed so that a kill leaves the old file.
-        temp = own.with_suffix(f".tmp-{os.getpid()}")
-        with open(temp, "wb") as file:
-            file.write(_line({"format": _FORMAT, "data": dict(data)}))
-            for unit, values in self._rows.items():
-                file.write(_line({"unit": unit, "values": values}))
-        os.replace(temp, own)
+        own: Path | None = None
+        with contextlib.ExitStack() as stack:
+            left_over = []
+            for path in paths:
+                if own is not None and not path.exists():
+                    continue
+                with contextlib.suppress(LockedError):
+                    lock = FileLock(path.with_suffix(".lock"))
+                    if own is None:
+                        own, self._lock = path, lock
+                    else:
+                        stack.callback(lock.release)
+                        left_over.append(path)
+            if own is None:
+                self.problem = f"{folder}: {_MAX_TWINS} runs of this command are under way"
+                return
+            for path in paths:
+                if path.is_file() and not restart:
+                    self._read(path, data)
+            # Written anew with what holds, so that damage does not stay; renamed so that a kill leaves the old file.
+            temp = own.with_suffix(f".tmp-{os.getpid()}")
+            with open(temp, "wb") as file:
+                file.write(_line({"format": _FORMAT, "data": dict(data)}))
+                for unit, values in self._rows.items():
+                    file.write(_line({"unit": unit, "values": values}))
+            os.replace(temp, own)
+            for path in left_over:
+                path.unlink()
         self._file = open(own, "ab")  # noqa: SIM115 - lives as long as the job
 
     def _read(self, path: Path, data: Mapping[str, str]) -> None:

@@ -135,7 +135,7 @@ class _Rewriter(jinja2.visitor.NodeTransformer):
     def generic_visit(self, node: Any, *args: Any, **kwargs: Any) -> Any:
         if isinstance(node, _REFUSED):
             tag = type(node).__name__.lower()
-            raise jinja2.TemplateSyntaxError(f"{{% {tag} %}} is not allowed in a chat template", node.lineno)
+            raise jinja2.TemplateSyntaxError(f"{{% {tag} %}} is not allowed in a template", node.lineno)
         return super().generic_visit(node, *args, **kwargs)
 
     def visit_For(self, node: jinja2.nodes.For) -> Any:
@@ -399,8 +399,9 @@ def _check_method(meter: _Meter, owner: str, name: str, args: tuple[Any, ...]) -
     return args
 
 
-def _environment() -> _Sandbox:
-    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols])
+def _environment(*, strict: bool) -> _Sandbox:
+    undefined = jinja2.StrictUndefined if strict else jinja2.Undefined
+    environment = _Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], undefined=undefined)
     known = dict(environment.filters)
     filters = {name: _charged(known[name]) for name in _FILTERS.split()}
     filters |= {
@@ -468,15 +469,20 @@ def _sum(items: Any, attribute: Any = None, start: Any = 0) -> Any:
 
 
 class ChatTemplate:
-    """A compiled chat template. Raises InputError when `source` is not one, or uses what is refused."""
+    """A compiled chat template. Raises InputError when `source` is not one, or uses what is refused.
 
-    def __init__(self, source: str) -> None:
+    Other templates from strangers pass the same gate: `what` is how messages call them, `strict` makes a name that is
+    not there an error rather than an empty text.
+    """
+
+    def __init__(self, source: str, *, what: str = "chat template", strict: bool = False) -> None:
+        self._what = what
         try:
-            self._template = _environment().from_string(source)
+            self._template = _environment(strict=strict).from_string(source)
         except jinja2.TemplateSyntaxError as error:
-            raise InputError(f"chat template, line {error.lineno}: {error.message}") from error
+            raise InputError(f"{what}, line {error.lineno}: {error.message}") from error
         except (jinja2.TemplateError, _Limit, RecursionError, ValueError, OverflowError) as error:
-            raise InputError(f"chat template: {error}") from error
+            raise InputError(f"{what}: {error}") from error
 
     def render(self, variables: Mapping[str, Any]) -> tuple[str, list[tuple[int, int]]]:
         """The text, and the (start, end) of what it marks by `{% generation %}`.
@@ -494,13 +500,13 @@ class ChatTemplate:
                 if meter.num_written > MAX_CHARS:
                     raise _Limit(f"it writes more than {MAX_CHARS:,} characters")
         except _Limit as error:
-            raise InputError(f"the chat template was stopped: {error}") from error
+            raise InputError(f"the {self._what} was stopped: {error}") from error
         except jinja2.exceptions.SecurityError as error:
-            raise InputError(f"the chat template is unsafe: {error}") from error
+            raise InputError(f"the {self._what} is unsafe: {error}") from error
         except (jinja2.TemplateError, TypeError, ValueError, LookupError, AttributeError, ArithmeticError) as error:
-            raise InputError(f"the chat template refused these messages: {error}") from error
+            raise InputError(f"the {self._what} refused what it was given: {error}") from error
         except (RecursionError, MemoryError) as error:
-            raise InputError("the chat template was stopped: it calls itself too deeply or makes too much") from error
+            raise InputError(f"the {self._what} was stopped: it calls itself too deeply or makes too much") from error
         finally:
             _METER.reset(token)
         return "".join(pieces), meter.answers

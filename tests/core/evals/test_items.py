@@ -48,7 +48,9 @@ def test_hellaswag_prompts_follow_the_published_clean_up(tmp_path: Path) -> None
 
 
 def test_piqa_takes_labels_from_their_own_file(tmp_path: Path) -> None:
-    write_rows(tmp_path / "piqa_valid.jsonl", [{"goal": "open a jar", "sol1": "twist", "sol2": "shout "}, {"goal": "g", "sol1": "a", "sol2": "b"}])
+    write_rows(
+        tmp_path / "piqa_valid.jsonl", [{"goal": "open a jar", "sol1": "twist", "sol2": "shout "}, {"goal": "g", "sol1": "a", "sol2": "b"}]
+    )
     (tmp_path / "piqa_valid-labels.lst").write_text("0\n1\n")
     first, second = _items(load_task("piqa"), tmp_path)
     assert first.prompt == "Question: open a jar\nAnswer:"
@@ -94,7 +96,7 @@ def test_examples_depend_on_seed_and_row_alone(tmp_path: Path) -> None:
 
 def test_more_examples_than_rows_is_a_usage_error(tmp_path: Path) -> None:
     path, _ = write_tasks(tmp_path, num_items=3)
-    with pytest.raises(UsageError, match="--num-fewshot 3: .* only 2 examples"):
+    with pytest.raises(UsageError, match=r"--num-fewshot 3: .* only 2 examples"):
         _items(parse_task(path), tmp_path, num_fewshot=3)
 
 
@@ -112,7 +114,7 @@ def test_examples_of_their_own_file(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "message"),
     [
-        ({"options": ["a", "b"], "answer": 0}, "cannot render context.*'q' is undefined"),
+        ({"options": ["a", "b"], "answer": 0}, "template context of .*'q' is undefined"),
         ({"q": "x", "options": ["a"], "answer": 0}, "'options' must be a list of at least two texts"),
         ({"q": "x", "options": ["a", 2], "answer": 0}, "'options' must be a list"),
         ({"q": "x", "answer": 0}, "'options' must be a list"),
@@ -139,7 +141,13 @@ def test_gold_may_be_the_text_of_a_choice(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize(
     "template",
-    ["{{ ''.__class__.__mro__ }}", "{{ q.__init__.__globals__ }}", "{% include '/etc/passwd' %}", "{% for i in range(10**9) %}x{% endfor %}"],
+    [
+        "{{ ''.__class__.__mro__ }}",
+        "{{ q.__init__.__globals__ }}",
+        "{% include '/etc/passwd' %}",
+        "{% for i in range(10**9) %}x{% endfor %}",
+        "{% for i in range(99999) %}{% for j in range(99999) %}{% endfor %}{% endfor %}",
+    ],
 )
 def test_templates_are_sandboxed(template: str, tmp_path: Path) -> None:
     with pytest.raises(LlmctlError):
@@ -147,7 +155,7 @@ def test_templates_are_sandboxed(template: str, tmp_path: Path) -> None:
 
 
 def test_a_template_that_does_not_parse_is_named(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"task\.toml: a template is wrong"):
+    with pytest.raises(InputError, match=r"template context of .*task\.toml, line 2"):
         _custom(tmp_path, CHOICE_TASK.replace("{{ q }}", "{{ q"), [{"q": "x", "options": ["a", "b"], "answer": 0}])
 
 

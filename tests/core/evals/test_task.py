@@ -25,7 +25,7 @@ def test_an_unknown_name_gets_the_nearest_one() -> None:
 
 
 def test_a_missing_path_is_not_found() -> None:
-    with pytest.raises(NotFoundError, match="nowhere.toml"):
+    with pytest.raises(NotFoundError, match=r"nowhere\.toml"):
         load_task("nowhere.toml")
 
 
