@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.attention import Pattern, attend
 from llmctl.core.model.cache import KVCache, Place
+from llmctl.core.model.kernels import RmsNorm
 from llmctl.core.model.rope import Rope, rotate
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -39,6 +40,9 @@ class Norm(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """Any shape whose last dimension is the size; the same shape comes out."""
         if self._rms:
+            if x.device.type == "cpu" and torch.is_grad_enabled():
+                normed: Tensor = RmsNorm.apply(x, self.weight, self._eps)  # type: ignore[no-untyped-call]
+                return normed
             return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
         return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
 

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError
+from llmctl.core.model.kernels import Rotate
 
 KINDS = ("linear", "dynamic", "llama3", "yarn")
 
@@ -124,6 +125,9 @@ class Rope:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R dimensions of `x` (B, H, T, D) by the angles of `cos`, `sin` (B or 1, 1, T, R/2)."""
+    if x.device.type == "cpu" and torch.is_grad_enabled():
+        rotated: Tensor = Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
+        return rotated
     half = cos.shape[-1]
     first, second = x[..., :half], x[..., half : 2 * half]
     parts = [first * cos - second * sin, second * cos + first * sin]
