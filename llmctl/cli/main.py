@@ -9,6 +9,7 @@ import sys
 from typing import Annotated, Any
 
 import typer
+from typer.core import TyperGroup
 
 from llmctl import __version__
 from llmctl.cli import eval, finetune, generate, pretrain, tokenize
@@ -23,7 +24,19 @@ Exit codes: 0 done · 1 failed · 2 usage or config error, nothing was created �
 4 bad, corrupt or unsafe input · 5 could not write · 6 not finite · 7 quality gate not met · 10 not found ·
 11 locked by another run · 129/130/143 ended by HUP/INT/TERM · 141 the reader of stdout went away"""
 
+_ORDER = ("tokenize", "pretrain", "finetune", "generate", "eval")
+
+
+class _Program(TyperGroup):
+    """The commands in the order in which a model meets them."""
+
+    def list_commands(self, ctx: Any) -> list[str]:
+        """Names for --help and completion."""
+        return sorted(super().list_commands(ctx), key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+
+
 app = typer.Typer(
+    cls=_Program,
     name=PROGRAM,
     help="The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval.",
     epilog=EXIT_CODES,
