@@ -155,14 +155,13 @@ class ChatEncoder:
                 return ends[-1] if ends else len(whole)
         except InputError:
             pass
-        content = _content(message)  # an earlier answer is shown otherwise than the last (its reasoning left out)
+        # An earlier answer is shown otherwise than the last one (its reasoning is left out, say).
+        closing = next((m for m in pattern.finditer(text, start) if self._tokenizer.special_tokens[m[0]] in self.end_of_turn_ids), None)
+        if closing is not None:
+            return closing.end()
+        content = _content(message)
         place = text.find(content, start)
-        if place < 0:
-            return None
-        end = place + len(content)
-        gap = len(text[end:]) - len(text[end:].lstrip())
-        closing = pattern.match(text, end + gap)
-        return closing.end() if closing is not None else end
+        return place + len(content) if place >= 0 else None
 
     # ids
 

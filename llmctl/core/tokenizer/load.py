@@ -1,7 +1,7 @@
 """Reads the tokenizer files of a Hugging Face directory, and writes them. Knows file names; knows no ids and no model.
 
 Follows transformers 5 (tokenization_utils_tokenizers.py) in what the configs add to tokenizer.json: missing special
-tokens, and `add_bos_token`/`add_eos_token`.
+tokens, and, where there is no tokenizer.json, `add_bos_token`, `add_eos_token` and `add_prefix_space`.
 """
 
 import json
@@ -38,13 +38,13 @@ def _load_directory(folder: Path, file: Path) -> Tokenizer:
         backend = _read_backend(file)
         pair = False
     elif (folder / "vocab.json").is_file() and (folder / "merges.txt").is_file():
-        backend = _read_pair(folder)
+        backend = _read_pair(folder, add_prefix_space=config.get("add_prefix_space") is True)
         pair = True
     else:
         raise _no_tokenizer(folder)
     named = _named_tokens(folder, config, backend, pair=pair)
     _add_missing(backend, config, named)
-    if "add_bos_token" in config or "add_eos_token" in config:
+    if pair and (config.get("add_bos_token") or config.get("add_eos_token")):
         _set_post_processor(backend, config, named)
     return Tokenizer.from_parts(
         backend,
@@ -95,14 +95,14 @@ def _malformed(path: Path, error: BaseException) -> BaseException:
     return error
 
 
-def _read_pair(folder: Path) -> tokenizers.Tokenizer:
+def _read_pair(folder: Path, *, add_prefix_space: bool) -> tokenizers.Tokenizer:
     """GPT-2's two files, with GPT-2's byte-level pre-tokenisation."""
     try:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         backend = tokenizers.Tokenizer(model)
     except BaseException as error:
         raise _malformed(folder / "vocab.json", error) from error
-    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)
     return backend
@@ -176,7 +176,7 @@ def _as_int(text: str) -> int:
 
 
 def _set_post_processor(backend: tokenizers.Tokenizer, config: dict[str, Any], named: dict[str, str]) -> None:
-    """What transformers makes of `add_bos_token` and `add_eos_token`, which replaces what tokenizer.json says."""
+    """What transformers makes of `add_bos_token` and `add_eos_token`. Where there is a tokenizer.json, that alone decides."""
     bos = named.get("bos_token") if config.get("add_bos_token") else None
     eos = named.get("eos_token") if config.get("add_eos_token") else None
     single = " ".join(part for part in (f"{bos}:0" if bos else "", "$A:0", f"{eos}:0" if eos else "") if part)

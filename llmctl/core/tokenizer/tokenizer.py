@@ -196,8 +196,9 @@ class Tokenizer:
         model = content["model"]
         if "merges" in model:  # written "a b" by older versions of tokenizers
             model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
-        content["bos"], content["eos"] = self.bos_token, self.eos_token
-        text = json.dumps(_without_null(content), sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        vocab, merges = model.pop("vocab", None), model.pop("merges", None)  # long, and without nulls
+        content = {**_without_null(content), "vocab": vocab, "merges": merges, "bos": self.bos_token, "eos": self.eos_token}
+        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
         return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
     # text to ids

@@ -73,7 +73,7 @@ def train_tokenizer(
     *,
     vocab_size: int,
     model: str = "bpe",
-    pattern: str = "gpt2",
+    pattern: str = "llama3",
     special_tokens: Sequence[str] = (),
     chat: bool = False,
     chat_template: str | None = None,
@@ -83,8 +83,8 @@ def train_tokenizer(
 ) -> Iterator[CorpusRead | TokenizerTrained]:
     """Train a byte-level tokenizer on `texts`, documents or parts of them; the events end with TokenizerTrained.
 
-    `model` is "bpe" or "word" (whole words, and bytes for all others); `pattern` is the pre-tokenisation, "gpt2" or
-    "llama3". `vocab_size` counts the 256 bytes and the special tokens: `<|endoftext|>` (bos, eos and pad), with `chat`
+    `model` is "bpe" or "word" (whole words, and bytes for all others); `pattern` is the pre-tokenisation, "llama3" or
+    "gpt2". `vocab_size` counts the 256 bytes and the special tokens: `<|endoftext|>` (bos, eos and pad), with `chat`
     those of ChatML, then `special_tokens`. `sample_bytes` bounds the memory. The result does not depend on the number
     of threads. Raises UsageError for a vocabulary too small, InputError for an empty corpus.
     """
