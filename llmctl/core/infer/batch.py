@@ -67,6 +67,7 @@ class _Pending:
 
     row: Row
     num_cut: int
+    is_greedy: bool
 
 
 def run_batch(
@@ -137,7 +138,7 @@ class _Job:
             return
         self._num_cut += bool(num_cut)
         for request in requests:
-            self._pending[result_key(row.id, request.sample_index)] = _Pending(row, num_cut)
+            self._pending[result_key(row.id, request.sample_index)] = _Pending(row, num_cut, request.params.is_greedy)
             yield request
 
     def _made(self, row: Row, samples: list[int]) -> tuple[list[Request], int]:
@@ -177,7 +178,7 @@ class _Job:
             "finish": event.finish,
             "num_prompt_tokens": event.num_prompt_tokens,
             "num_new_tokens": event.num_new_tokens,
-            "seed": event.seed,
+            "seed": None if pending.is_greedy else event.seed,
         }
         if pending.num_cut:
             row["num_cut"] = pending.num_cut

@@ -58,7 +58,7 @@ def parse_row(raw: bytes, line: int) -> Row | BadRow:
     try:
         if len(raw) > MAX_LINE_BYTES:
             raise InputError(f"longer than {MAX_LINE_BYTES:,} bytes, the limit")
-        value = parse_json(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw, where="bad row")
+        value = parse_json(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw, where=f"line {line}")
         if not isinstance(value, dict):
             raise InputError("not a JSON object")
         given = value.get("id")
@@ -68,7 +68,8 @@ def parse_row(raw: bytes, line: int) -> Row | BadRow:
             id = given
         return _row(value, line, id)
     except InputError as error:
-        return BadRow(line=line, id=id, error=f"line {line}: {error}")
+        place = f"line {line}: "
+        return BadRow(line=line, id=id, error=place + str(error).removeprefix(place))
 
 
 def _row(value: dict[str, Any], line: int, id: int | str) -> Row:

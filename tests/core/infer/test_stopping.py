@@ -1,7 +1,7 @@
 """Stop strings against a reader who goes character by character over the whole text."""
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.core.infer.stopping import StopMatcher
@@ -19,6 +19,7 @@ def oracle(text: str, stops: list[str]) -> tuple[str, bool]:
 small = st.text(alphabet="ab\u4f60\U0001f642", max_size=12)
 
 
+@settings(deadline=None)
 @given(st.lists(small, max_size=8), st.lists(st.text(alphabet="ab\u4f60\U0001f642", min_size=1, max_size=4), max_size=3))
 def test_any_cutting_gives_what_a_reader_by_characters_sees(pieces: list[str], stops: list[str]) -> None:
     matcher = StopMatcher(stops)
