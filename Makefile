@@ -17,7 +17,7 @@ PROMPT ?= Once upon a time
 .PHONY: demo test test-slow check completions docs install install-test install-dev clean
 
 demo: install
-	@printf '%s' "$(PROMPT)" | $(BIN)/llmctl generate
+	@printf '%s' "$(PROMPT)" | $(BIN)/llmctl generate --echo
 
 test: install-test
 	$(BIN)/python -m pytest
