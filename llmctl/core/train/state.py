@@ -148,11 +148,9 @@ def save_checkpoint(
 
 def _as_write_error(error: Exception, target: Path, expected_bytes: int) -> Exception:
     """A failure to write, with the room needed and left; safetensors gives the number of the OS error in its text only."""
-    found = re.search(r"os error (\d+)", str(error))
-    number = error.errno if isinstance(error, OSError) else int(found.group(1)) if found else None
-    cause = error.__cause__
-    if isinstance(error, WriteError) and isinstance(cause, OSError):
-        number = cause.errno
+    cause = error.__cause__ if isinstance(error, WriteError) else error
+    found = re.search(r"os error (\d+)", str(cause))
+    number = cause.errno if isinstance(cause, OSError) else int(found.group(1)) if found else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         free = shutil.disk_usage(target.parent).free
         return write_error(OSError(number, os.strerror(number)), path=target, bytes_needed=expected_bytes, bytes_free=free)
