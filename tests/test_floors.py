@@ -6,6 +6,7 @@ function, may import core at its top.
 """
 
 import ast
+import re
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -222,3 +223,10 @@ def test_the_rules_catch_a_breach(module: str, source: str, complaint: str) -> N
 )
 def test_the_rules_let_the_right_thing_pass(module: str, source: str) -> None:
     assert complaints(module, source) == []
+
+
+def test_contributing_shows_the_same_floors() -> None:
+    text = (PACKAGE.parent / "CONTRIBUTING.md").read_text(encoding="utf-8")
+    rows = re.findall(r"^\| (\d) \| (.+?) \|$", text, re.MULTILINE)
+    shown = {name: int(floor) for floor, names in rows if "cli" not in names for name in names.split(", ")}
+    assert shown == FLOORS
