@@ -125,6 +125,11 @@ def test_overwriting_waits_for_the_lock(tmp_path: Path) -> None:
     assert path.read_bytes()
 
 
+def append_many(results: ResultFile) -> None:
+    for id in range(100):
+        results.append({"id": id, "text": "x" * 100})
+
+
 def test_a_full_disk_leaves_whole_rows_and_the_same_command_goes_on(tmp_path: Path) -> None:
     path = tmp_path / "out.jsonl"
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
@@ -134,8 +139,7 @@ def test_a_full_disk_leaves_whole_rows_and_the_same_command_goes_on(tmp_path: Pa
             results.begin(JOB, seed=1, drawn_seed=99)
             resource.setrlimit(resource.RLIMIT_FSIZE, (4096, before[1]))
             with pytest.raises(WriteError, match="limit"):
-                for id in range(100):
-                    results.append({"id": id, "text": "x" * 100})
+                append_many(results)
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
         signal.signal(signal.SIGXFSZ, handler)
