@@ -21,6 +21,7 @@ from llmctl.core.files import atomic_write, check_out_file, write_json
 if TYPE_CHECKING:
     from rich.table import Table
 
+    from llmctl.cli.signals import StopFlag
     from llmctl.core.evals.events import Event, ModelReady, Scored
 
 _HELP = """Score a model: perplexity and bits per byte of text, and benchmark tasks.
@@ -47,13 +48,11 @@ def run(config: EvaluateConfig, shell: Shell) -> None:
             check_out_file(path, flag=flag)
             if path.exists() and not config.overwrite:
                 raise UsageError(f"{flag} {path}: exists already; choose a new name, or replace it with --overwrite")
-    from llmctl.cli.signals import stop_flag
+    from llmctl.core.evals.runner import check_gates, evaluate
 
-    with stop_flag() as stop, _item_log(config.log_samples) as log:
-        from llmctl.core.evals.runner import check_gates, evaluate
-
-        events = evaluate(config, stop=stop, stdin=sys.stdin.buffer if sys.stdin is not None else None)
-        ready, results = _draw(events, shell, log)
+    with _Run(config.log_samples) as own:
+        events = evaluate(config, stop=own.stop, stdin=sys.stdin.buffer if sys.stdin is not None else None)
+        ready, results = _draw(events, shell, own)
     if config.output is not None:
         document = results_document(config, ready, results)
         if config.output == _STDOUT:
@@ -68,16 +67,32 @@ def run(config: EvaluateConfig, shell: Shell) -> None:
         raise QualityGateError(f"--fail-under: {'; '.join(failures)}")
 
 
-@contextlib.contextmanager
-def _item_log(path: Path | None) -> Iterator[IO[bytes] | None]:
-    if path is None:
-        yield None
-        return
-    with atomic_write(path) as file:
-        yield file
+class _Run(contextlib.ExitStack):
+    """What a run holds once its model is loaded: the signals, and the item log, which appears whole or not at all.
+
+    Before that there is nothing to save, and a signal may end the program at once, in the middle of a long load.
+    """
+
+    def __init__(self, log_path: Path | None) -> None:
+        super().__init__()
+        self._log_path = log_path
+        self._flag: StopFlag | None = None
+        self.log: IO[bytes] | None = None
+
+    def stop(self) -> int | None:
+        """The number of the stop signal that came, or None."""
+        return self._flag() if self._flag is not None else None
+
+    def begin(self) -> None:
+        """The model is loaded."""
+        from llmctl.cli.signals import stop_flag
+
+        self._flag = self.enter_context(stop_flag())
+        if self._log_path is not None:
+            self.log = self.enter_context(atomic_write(self._log_path))
 
 
-def _draw(events: "Iterator[Event]", shell: Shell, log: IO[bytes] | None) -> "tuple[ModelReady, list[Scored]]":
+def _draw(events: "Iterator[Event]", shell: Shell, own: _Run) -> "tuple[ModelReady, list[Scored]]":
     """Drain the events: a bar on a live terminal, notes on stderr, items into the log. Returns the model and the results."""
     from llmctl.core.evals.events import ItemScored, ModelReady, Planned, Progressed, TaskScored, TextScored, Warned
 
@@ -89,6 +104,7 @@ def _draw(events: "Iterator[Event]", shell: Shell, log: IO[bytes] | None) -> "tu
                 out.line(json.dumps({"event": type(event).__name__, **plain(dataclasses.asdict(event))}, ensure_ascii=False))
             match event:
                 case ModelReady():
+                    own.begin()
                     ready = event
                     shell.note(f"model      {event.path}: {event.num_parameters:,} parameters, {event.dtype}, {event.device}")
                 case Planned():
@@ -101,8 +117,8 @@ def _draw(events: "Iterator[Event]", shell: Shell, log: IO[bytes] | None) -> "tu
                 case Warned():
                     shell.warn(event.text)
                 case ItemScored():
-                    if log is not None:
-                        log.write(json.dumps(plain(dataclasses.asdict(event)), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
+                    if own.log is not None:
+                        own.log.write(json.dumps(plain(dataclasses.asdict(event)), ensure_ascii=False).encode("utf-8", "replace") + b"\n")
                 case TaskScored() | TextScored():
                     results.append(event)
     assert ready is not None
@@ -169,8 +185,8 @@ def plain_lines(results: "list[Scored]") -> list[str]:
 
 def _counts(result: Any) -> str:
     return (
-        f"{result.num_documents:,} documents, {result.num_tokens:,} tokens of which {result.num_scored_tokens:,} scored, "
-        f"standing for {result.num_scored_bytes:,} bytes"
+        f"documents {result.num_documents:,}, tokens {result.num_tokens:,}, scored tokens {result.num_scored_tokens:,}, "
+        f"bytes of the scored {result.num_scored_bytes:,}"
     )
 
 

@@ -58,7 +58,9 @@ class EvaluateConfig:
     num_fewshot: int = option(0, "Solved examples before each question.", minimum=0, maximum=1000, panel=_TASKS)
     seed: int = option(1234, "Seed of the choice of few-shot examples.", minimum=0, maximum=2**63 - 1, panel=_TASKS)
 
-    output: Path | None = option(None, "Write the results as JSON to this file; `-` is stdout, instead of the table.", "-o", metavar="FILE", panel=_OUT)
+    output: Path | None = option(
+        None, "Write the results as JSON to this file; `-` is stdout, instead of the table.", "-o", metavar="FILE", panel=_OUT
+    )
     log_samples: Path | None = option(None, "Write one JSON line an item: prompt, choices, scores, verdict.", metavar="FILE", panel=_OUT)
     overwrite: bool = option(False, "Replace the files of --output and --log-samples if they exist.", panel=_OUT)
     fail_under: tuple[str, ...] = option(
@@ -74,7 +76,14 @@ class EvaluateConfig:
     )
     restart: bool = option(False, "Forget the finished scores of an interrupted run of this command.", panel=_OUT)
 
-    batch_size: int = option(8, "Sequences scored at once; an item's choices stay together.", "-b", minimum=1, maximum=4096, panel=_MACHINE)
+    batch_size: int | None = option(
+        None,
+        "Sequences scored at once; an item's choices stay together. [default: as many as make 4096 tokens, on a GPU 65536]",
+        "-b",
+        minimum=1,
+        maximum=65536,
+        panel=_MACHINE,
+    )
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
     dtype: str | None = option(
         None,
@@ -87,8 +96,6 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if not self.texts and not self.tasks:
-            raise UsageError("nothing to evaluate: give TEXTFILES, or --tasks NAME with --data DIR")
         if self.seq_len is not None and self.stride is not None and self.stride > self.seq_len:
             raise UsageError(f"--stride {self.stride}: more than the context of --seq-len {self.seq_len}; tokens would be left out")
         names = self.task_names

@@ -18,12 +18,12 @@ from llmctl.core.evals.events import Progressed, TextScored
 from llmctl.core.evals.metrics import Metric, exp_or_inf
 from llmctl.core.evals.progress import Progress
 from llmctl.core.evals.scoring import score_sequences
-from llmctl.core.evals.tokens import Window, windows
+from llmctl.core.evals.tokens import BatchLimit, Window, windows
 from llmctl.core.model import Decoder
 
 TEXT_METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
-_READ_AHEAD_BATCHES = 32
-"""Windows of so many batches are sorted by length together, so that little is padded and memory stays bounded."""
+_READ_AHEAD_WINDOWS = 256
+"""So many are sorted by length together, so that little is padded and memory stays bounded."""
 
 
 class Tokens(Protocol):
@@ -87,7 +87,7 @@ def score_text(
     *,
     name: str,
     definition: Definition,
-    batch_size: int,
+    limit: BatchLimit,
     progress: Progress,
     stop: Callable[[], None],
 ) -> Iterator[Progressed | TextScored]:
@@ -97,7 +97,7 @@ def score_text(
     """
     sums = _Sums()
     nlls: list[float] = []
-    for piece, values in _pieces(model, documents, definition, batch_size, progress, stop):
+    for piece, values in _pieces(model, documents, definition, limit, progress, stop):
         sums += piece
         nlls += values
         yield Progressed(name=name, num_done=sums.num_windows, num_total=None)
@@ -156,7 +156,7 @@ def _pieces(
     model: Decoder,
     documents: Iterable[Document],
     definition: Definition,
-    batch_size: int,
+    limit: BatchLimit,
     progress: Progress,
     stop: Callable[[], None],
 ) -> Iterator[tuple[_Sums, list[float]]]:
@@ -167,10 +167,10 @@ def _pieces(
         yield _Sums(num_documents=1, num_tokens=length, num_scored=max(length - 1, 0), num_bytes=document.num_bytes), []
         for window in windows(length, context_size=definition.context_size, stride=definition.stride):
             waiting.append(_job(document, number, window))
-            if len(waiting) == batch_size * _READ_AHEAD_BATCHES:
-                yield from _batches(model, waiting, batch_size, progress, stop)
+            if len(waiting) == _READ_AHEAD_WINDOWS:
+                yield from _batches(model, waiting, limit, progress, stop)
                 waiting = []
-    yield from _batches(model, waiting, batch_size, progress, stop)
+    yield from _batches(model, waiting, limit, progress, stop)
 
 
 def _job(document: Document, number: int, window: Window) -> _Job:
@@ -180,12 +180,11 @@ def _job(document: Document, number: int, window: Window) -> _Job:
 
 
 def _batches(
-    model: Decoder, jobs: Sequence[_Job], batch_size: int, progress: Progress, stop: Callable[[], None]
+    model: Decoder, jobs: Sequence[_Job], limit: BatchLimit, progress: Progress, stop: Callable[[], None]
 ) -> Iterator[tuple[_Sums, list[float]]]:
     # The batches depend on the text alone, not on what is already done: a resumed run computes in the same shapes.
     ordered = sorted(jobs, key=lambda job: -len(job.ids))
-    for start in range(0, len(ordered), batch_size):
-        batch = ordered[start : start + batch_size]
+    for batch in limit.cut(ordered, longest=lambda job: len(job.ids) - 1, num_sequences=lambda _: 1):
         known = [value for job in batch if (value := progress.get(job.unit)) is not None and len(value) == 1]
         reused = len(known) == len(batch)
         if not reused:

@@ -23,7 +23,7 @@ from llmctl.core.evals.perplexity import TEXT_METRICS, Definition, combine, scor
 from llmctl.core.evals.progress import Progress, default_cache_dir, job_key
 from llmctl.core.evals.scoring import score_groups
 from llmctl.core.evals.task import Task, load_task
-from llmctl.core.evals.tokens import Prefix, Question, encode_items
+from llmctl.core.evals.tokens import BatchLimit, Prefix, Question, encode_items
 from llmctl.core.model import Decoder
 from llmctl.core.tokenizer import Tokenizer
 
@@ -63,6 +63,8 @@ def evaluate(
     `stop` is asked between batches; it gives the number of a stop signal or None. Raises LlmctlError of every kind that
     DESIGN's table names for bad inputs, and Interrupted after a signal: the same command goes on from there.
     """
+    if not config.texts and not config.task_names:
+        raise UsageError("nothing to evaluate: give TEXTFILES, or --tasks NAME with --data DIR")
     prepared = [prepare_task(name, config) for name in config.task_names]
     names = [entry.task.name for entry in prepared]
     if len(set(names)) != len(names):
@@ -129,6 +131,16 @@ def _device(name: str) -> torch.device:
     return torch.device(name)
 
 
+def batch_limit(batch_size: int | None, device: torch.device) -> BatchLimit:
+    """What --batch-size says; without it, tokens enough for the matrix products to be at their best.
+
+    On a CPU that is soon; a GPU wants more, and has the memory. A small batch answers a signal sooner, too.
+    """
+    if batch_size is not None:
+        return BatchLimit(batch_size)
+    return BatchLimit(64, 4096) if device.type == "cpu" else BatchLimit(256, 65_536)
+
+
 class _Job:
     """One evaluation under way: what every task and text needs."""
 
@@ -148,6 +160,7 @@ class _Job:
         self._prefix = prefix
         self._ready = ready
         self._stop = stop
+        self._limit = batch_limit(config.batch_size, model.device)
         self._bos = None if prefix.token_id is None else tokenizer.token_text(prefix.token_id)
         self._cache_dir = (config.cache_dir or default_cache_dir(environ)) if config.cache else None
 
@@ -168,7 +181,7 @@ class _Job:
             "threads": self._ready.threads,
             "torch": torch.__version__,
             "bos": self._prefix.token_id,
-            "batch_size": self._config.batch_size,
+            "batch": [self._limit.num_sequences, self._limit.num_tokens],
             "paths": sorted(data),
         }
         return Progress.open(self._cache_dir, job_key(settings | facts), data=data, restart=self._config.restart)
@@ -194,7 +207,7 @@ class _Job:
             self.check_stop()
             items = prepared.items[start : start + _ENCODE_ITEMS]
             questions += encode_items(self._tokenizer, items, prefix=self._prefix, context_size=self._ready.context_size)
-        batches = plan_batches(questions, batch_size=self._config.batch_size)
+        batches = plan_batches(questions, self._limit)
         num_reused = sum(len(batch) for batch in batches if _all_known(batch, progress))
         yield Planned(name=task.name, num_items=len(questions), num_total=len(questions), num_reused=num_reused)
         cut = [question for question in questions if question.num_cut_tokens]
@@ -267,7 +280,7 @@ class _Job:
                     documents,
                     name=source.name,
                     definition=definition,
-                    batch_size=self._config.batch_size,
+                    limit=self._limit,
                     progress=progress,
                     stop=self.check_stop,
                 )
@@ -284,20 +297,13 @@ class _Job:
             yield combine("all texts", results, definition)
 
 
-def plan_batches(questions: Sequence[Question], *, batch_size: int) -> list[list[Question]]:
-    """Questions sorted by length, cut into batches of up to `batch_size` sequences; a question is never split.
+def plan_batches(questions: Sequence[Question], limit: BatchLimit) -> list[list[Question]]:
+    """Questions sorted by length, cut into batches within `limit`; a question is never split.
 
     The plan depends on the questions alone, not on what is already scored, so a resumed run computes in the same shapes.
     """
-    batches: list[list[Question]] = []
-    room = 0
-    for question in sorted(questions, key=lambda question: (-question.longest, question.item.index)):
-        if not batches or question.num_sequences > room:
-            batches.append([])
-            room = batch_size
-        batches[-1].append(question)
-        room -= question.num_sequences
-    return batches
+    ordered = sorted(questions, key=lambda question: (-question.longest, question.item.index))
+    return limit.cut(ordered, longest=lambda question: question.longest, num_sequences=lambda question: question.num_sequences)
 
 
 def _unit(question: Question) -> str:

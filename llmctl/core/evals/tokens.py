@@ -1,12 +1,15 @@
 """From prompts and texts to the token sequences that are scored. Knows a tokenizer; knows no model and no torch."""
 
 import hashlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import TypeVar
 
 from llmctl.core.errors import InputError
 from llmctl.core.evals.items import Item
 from llmctl.core.tokenizer import Tokenizer
+
+EntryT = TypeVar("EntryT")
 
 
 @dataclass(frozen=True)
@@ -131,3 +134,27 @@ def windows(num_tokens: int, *, context_size: int, stride: int) -> Iterator[Wind
         end = min(done + (context_size if done == 1 else stride), num_tokens)
         yield Window(max(0, end - 1 - context_size), end, end - done)
         done = end
+
+
+@dataclass(frozen=True)
+class BatchLimit:
+    """How much the model is given at once: sequences, and tokens with their padding (None: as many as the sequences have)."""
+
+    num_sequences: int
+    num_tokens: int | None = None
+
+    def cut(
+        self, entries: Sequence[EntryT], *, longest: Callable[[EntryT], int], num_sequences: Callable[[EntryT], int]
+    ) -> list[list[EntryT]]:
+        """Batches of `entries`, which come longest first and are never split: one that is over the limit goes alone."""
+        batches: list[list[EntryT]] = []
+        used = room = 0
+        for entry in entries:
+            if not batches or used + num_sequences(entry) > room:
+                batches.append([])
+                used, room = 0, self.num_sequences
+                if self.num_tokens is not None:
+                    room = min(room, self.num_tokens // longest(entry))
+            batches[-1].append(entry)
+            used += num_sequences(entry)
+        return batches

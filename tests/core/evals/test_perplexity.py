@@ -10,6 +10,7 @@ from llmctl.core.errors import InputError
 from llmctl.core.evals.events import TextScored
 from llmctl.core.evals.perplexity import Definition, Document, combine, score_text
 from llmctl.core.evals.progress import Progress
+from llmctl.core.evals.tokens import BatchLimit
 from tests.core.evals.tiny import SENTENCES, load, oracle
 
 TEXT = " ".join(SENTENCES) * 3
@@ -24,7 +25,7 @@ def _score(
         [Document("text", ids, 10 * len(ids)) for ids in documents],
         name="text",
         definition=Definition(context_size, stride, bos),
-        batch_size=batch_size,
+        limit=BatchLimit(batch_size),
         progress=Progress(),
         stop=lambda: None,
     )

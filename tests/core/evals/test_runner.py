@@ -208,18 +208,20 @@ def test_limit_takes_the_first_items_and_progress_counts_to_the_end(model_dir: P
 
 
 def test_batches_hold_whole_items_and_are_sorted_by_length(model_dir: Path, tmp_path: Path, tasks: tuple[str, ...]) -> None:
-    from llmctl.core.evals.tokens import Prefix, encode_items
+    from llmctl.core.evals.tokens import BatchLimit, Prefix, encode_items
 
     config = _config(model_dir, tmp_path, tasks=tasks[:1])
     _, tokenizer = load(model_dir)
     prepared = runner.prepare_task(tasks[0], config)
     questions = list(encode_items(tokenizer, prepared.items, prefix=Prefix(tokenizer, "no"), context_size=64))
-    batches = plan_batches(questions, batch_size=7)
+    batches = plan_batches(questions, BatchLimit(7))
     assert sorted(q.item.index for batch in batches for q in batch) == list(range(12))
     assert all(sum(q.num_sequences for q in batch) <= 7 for batch in batches)
     lengths = [q.longest for batch in batches for q in batch]
     assert lengths == sorted(lengths, reverse=True)
-    assert all(len(batch) == 1 for batch in plan_batches(questions, batch_size=1))
+    assert all(len(batch) == 1 for batch in plan_batches(questions, BatchLimit(1)))
+    for batch in plan_batches(questions, BatchLimit(100, 400)):
+        assert len(batch) == 1 or batch[0].longest * sum(q.num_sequences for q in batch) <= 400
 
 
 def _text_results(events: list[Event]) -> list[TextScored]:

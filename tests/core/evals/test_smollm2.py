@@ -16,6 +16,7 @@ from llmctl.core.evals.events import ItemScored, TaskScored, TextScored
 from llmctl.core.evals.perplexity import Definition, Document, score_text
 from llmctl.core.evals.progress import Progress
 from llmctl.core.evals.runner import evaluate
+from llmctl.core.evals.tokens import BatchLimit
 
 MODEL, DATA = os.environ.get("LLMCTL_TEST_SMOLLM2"), os.environ.get("LLMCTL_TEST_DATA")
 
@@ -56,7 +57,7 @@ def test_the_loss_of_a_text_equals_transformers() -> None:
         [Document("tinyshakespeare", ids, len(text))],
         name="tinyshakespeare",
         definition=Definition(2048, 2048, None),
-        batch_size=1,
+        limit=BatchLimit(1),
         progress=Progress(),
         stop=lambda: None,
     )
