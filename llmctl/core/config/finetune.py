@@ -30,7 +30,12 @@ class FinetuneConfig:
     chat_template: Path | None = option(
         None, "Chat template (jinja2) to use and to save, instead of the model's own.", metavar="FILE", panel=_DATA
     )
-    raw: bool = option(False, "Take prompt/completion rows as plain text, even where there is a chat template.", panel=_DATA)
+    chat: bool | None = option(
+        None,
+        "Put prompt/completion rows into the chat template, or take them as plain text. [default: --chat if the model has a template]",
+        "--chat/--raw",
+        panel=_DATA,
+    )
     seq_len: int | None = option(
         None,
         "Tokens in a training sequence; rows are packed into it. [default: as the longest row, from 256 to 1024]",

@@ -97,11 +97,6 @@ class Prepared:
 class Subject(Protocol):
     """What is trained on what."""
 
-    @property
-    def verb(self) -> str:
-        """The command's name, for messages that say how to go on."""
-        ...
-
     def open(self, stop: Stop) -> Iterator[Event]:
         """Open and check everything, without writing anything."""
         ...
