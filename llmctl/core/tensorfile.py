@@ -21,7 +21,7 @@ MAX_DIMENSIONS = 8
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
-_PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack")
+PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack")
 
 
 @dataclass(frozen=True)
@@ -45,6 +45,13 @@ class TensorFile:
             file_bytes = os.fstat(file.fileno()).st_size
             self.entries = _read_header(file, path, file_bytes)
             self.buffer = mmap.mmap(file.fileno(), file_bytes, access=mmap.ACCESS_COPY)
+
+    def forget(self, entry: TensorEntry) -> None:
+        """Give the memory of a tensor's pages back: what was read of them is not needed again, or comes from the file."""
+        page = mmap.PAGESIZE
+        start, end = -(-entry.start // page) * page, (entry.start + entry.num_bytes) // page * page
+        if hasattr(mmap, "MADV_DONTNEED") and end > start:
+            self.buffer.madvise(mmap.MADV_DONTNEED, start, end - start)
 
 
 def open_regular(path: Path) -> Any:
@@ -144,7 +151,7 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
             if not path.is_file():
                 raise NotFoundError(f"{path}: no such file, but {index_path.name} names it; download the model again")
         return result
-    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in _PICKLES) if folder.is_dir() else []
+    pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
     if pickles:
         raise InputError(f"{folder / pickles[0]}: pickle refused, since reading one can run any code; a {SINGLE_NAME} is wanted")
     raise NotFoundError(f"{folder}: no {SINGLE_NAME} in this folder")

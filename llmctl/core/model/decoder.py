@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.attention import Pattern, attend
 from llmctl.core.model.cache import KVCache, Place
-from llmctl.core.model.kernels import RmsNorm
+from llmctl.core.model.kernels import Lookup, RmsNorm
 from llmctl.core.model.rope import Rope, rotate
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -260,7 +260,7 @@ class Decoder(nn.Module):
                 positions = _counted(num_tokens, document_lengths)
             positions = positions.cpu()
             pattern = Pattern(document_lengths=document_lengths)
-        x = F.embedding(tokens, self.embed.weight)
+        x = _look_up(tokens, self.embed.weight)
         if self.config.embedding_multiplier != 1.0:
             x = x * self.config.embedding_multiplier
         if self.positions is not None:
@@ -296,6 +296,14 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of `tokens` (B, T); see `hidden`."""
         return self.logits(self.hidden(tokens, positions=positions, cache=cache, slots=slots, document_lengths=document_lengths))
+
+
+def _look_up(tokens: Tensor, weight: Tensor) -> Tensor:
+    """(B, T) tokens, (V, C) weight -> (B, T, C)."""
+    if weight.dtype in (torch.bfloat16, torch.float16) and weight.device.type == "cpu" and torch.is_grad_enabled():
+        looked_up: Tensor = Lookup.apply(tokens, weight)  # type: ignore[no-untyped-call]
+        return looked_up
+    return F.embedding(tokens, weight)
 
 
 def _counted(num_tokens: int, document_lengths: Sequence[Sequence[int]] | None) -> Tensor:

@@ -1,0 +1,41 @@
+"""Models in and out: Hugging Face directories and GGUF files. Knows families and files; knows no training and no command.
+
+Names are resolved on first use: finding a model, reading its config and its tokenizer need no torch.
+"""
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llmctl.core.checkpoint.folder import check_tokenizer, load_config, load_tokenizer
+    from llmctl.core.checkpoint.load import LoadedModel, assemble, load_model, load_model_and_tokenizer
+    from llmctl.core.checkpoint.resolve import resolve_model
+    from llmctl.core.checkpoint.save import MAX_SHARD_BYTES, hf_tensors, save_model
+
+__all__ = [
+    "MAX_SHARD_BYTES",
+    "LoadedModel",
+    "assemble",
+    "check_tokenizer",
+    "hf_tensors",
+    "load_config",
+    "load_model",
+    "load_model_and_tokenizer",
+    "load_tokenizer",
+    "resolve_model",
+    "save_model",
+]
+
+_HOMES = {
+    "folder": ("check_tokenizer", "load_config", "load_tokenizer"),
+    "load": ("LoadedModel", "assemble", "load_model", "load_model_and_tokenizer"),
+    "resolve": ("resolve_model",),
+    "save": ("MAX_SHARD_BYTES", "hf_tensors", "save_model"),
+}
+
+
+def __getattr__(name: str) -> Any:
+    for home, names in _HOMES.items():
+        if name in names:
+            return getattr(importlib.import_module(f"{__name__}.{home}"), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -1,0 +1,102 @@
+"""What a model's files say apart from its weights: config, generation config, tokenizer, and which tensors belong. No torch."""
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.errors import InputError, NotFoundError
+from llmctl.core.families import Family, family_of
+from llmctl.core.families.base import Binding, Shape
+from llmctl.core.files import read_json
+from llmctl.core.model.facts import tensor_shapes
+
+if TYPE_CHECKING:
+    from llmctl.core.tokenizer import Tokenizer
+
+MAX_CONFIG_BYTES = 4 << 20
+
+
+def load_config(path: Path) -> tuple[ModelConfig, Family, dict[str, Any]]:
+    """Facts, family and raw config.json of a model directory, or of a config.json. Raises NotFoundError or InputError."""
+    path = Path(path)
+    file = path / "config.json" if path.is_dir() else path
+    raw = read_object(file)
+    if raw is None:
+        raise NotFoundError(f"{file}: no such file; a model directory has a config.json")
+    family = family_of(raw, where=str(file))
+    try:
+        return family.config_from_hf(raw), family, raw
+    except InputError as error:
+        raise InputError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def read_object(file: Path) -> dict[str, Any] | None:
+    """The JSON object in `file`, or None when there is no such file."""
+    if not file.is_file():
+        return None
+    raw = read_json(file, max_bytes=MAX_CONFIG_BYTES)
+    if not isinstance(raw, dict):
+        raise InputError(f"{file}: a JSON object is wanted")
+    return raw
+
+
+def read_generation(folder: Path) -> dict[str, Any]:
+    """generation_config.json, or {}."""
+    return read_object(folder / "generation_config.json") or {}
+
+
+def token_ids(value: Any) -> tuple[int, ...]:
+    """The ids of an entry such as `eos_token_id`, which is a number, a list of them, or null."""
+    values = value if isinstance(value, list) else [value]
+    return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
+
+
+def load_tokenizer(path: Path) -> "Tokenizer":
+    """The tokenizer of a model directory or of a `.gguf` file."""
+    path = Path(path)
+    if path.suffix == ".gguf":
+        from llmctl.core.families.gguf_tokenizer import tokenizer_from_gguf
+        from llmctl.core.gguf import GgufFile
+
+        return tokenizer_from_gguf(GgufFile(path).metadata, where=str(path))
+    from llmctl.core.tokenizer import Tokenizer
+
+    return Tokenizer.load(path)
+
+
+def check_tokenizer(tokenizer: "Tokenizer", config: ModelConfig, *, where: object) -> None:
+    """Raise InputError when the tokenizer has ids that the model has no embedding for."""
+    if tokenizer.vocab_size > config.vocab_size:
+        raise InputError(
+            f"{where}: the tokenizer has {tokenizer.vocab_size} ids, the model has embeddings for {config.vocab_size}; "
+            "they do not belong together"
+        )
+
+
+def bindings_of(family: Family, config: ModelConfig) -> list[Binding]:
+    """The tensors of a checkpoint of this config. Raises InputError when the family cannot express the config."""
+    try:
+        return list(family.bindings(config, tensor_shapes(config)))
+    except LookupError as error:
+        raise InputError(f"a {family.name} model cannot have what this config asks for: {error.args[0]}") from error
+
+
+def check_names(found: Mapping[str, Shape], bindings: Sequence[Binding], *, what: str) -> None:
+    """Compare the tensors of a file (name -> shape) with those that a model wants. Raises InputError that names the first."""
+    wanted = {binding.theirs for binding in bindings}
+    extra = sorted(found.keys() - wanted)
+    if extra:
+        raise InputError(f"tensor {extra[0]!r} has no place in this {what}{and_more(extra)}")
+    missing = [binding.theirs for binding in bindings if binding.theirs not in found]
+    if missing:
+        raise InputError(f"tensor {missing[0]!r} is missing{and_more(missing)}")
+    for binding in bindings:
+        shape = found[binding.theirs]
+        if shape != binding.their_shape:
+            raise InputError(f"tensor {binding.theirs!r} has the shape {list(shape)}, the config asks for {list(binding.their_shape)}")
+
+
+def and_more(names: Sequence[str]) -> str:
+    """How many more than the first there are."""
+    return f" (and {len(names) - 1} more)" if len(names) > 1 else ""

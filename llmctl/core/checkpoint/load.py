@@ -1,0 +1,188 @@
+"""Weights into a decoder: safetensors directories and GGUF files, mapped rather than read. Knows families and tensors.
+
+A tensor that is stored as the model wants it stays in the page cache until it is used; one that must be converted is
+converted alone, and its pages are given back.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmctl.core.checkpoint.folder import bindings_of, check_names, check_tokenizer, load_config, load_tokenizer, read_generation, token_ids
+from llmctl.core.checkpoint.resolve import check_kind
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.errors import InputError
+from llmctl.core.families import Family
+from llmctl.core.families.base import bind
+from llmctl.core.model.decoder import Decoder
+from llmctl.core.model.facts import tensor_shapes
+from llmctl.core.tensorfile import INDEX_NAME, TensorEntry, TensorFile, weight_files
+
+if TYPE_CHECKING:
+    from llmctl.core.tokenizer import Tokenizer
+
+_TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class LoadedModel:
+    """A model ready to run, in eval mode, and what its files say of it."""
+
+    model: Decoder
+    config: ModelConfig
+    family: str
+    dtype: torch.dtype
+    path: Path
+    eos_ids: tuple[int, ...]
+    """The ids that end a text: generation_config.json's, else config.json's."""
+    generation: dict[str, Any]
+    """generation_config.json, or {}."""
+
+
+def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadedModel:
+    """Load a model directory or a `.gguf` file into a decoder in eval mode.
+
+    `dtype` None keeps the number format of the embeddings (float32 for those of a quantised GGUF); all weights get the
+    same. Raises NotFoundError when the files are not there, InputError when they are bad, unsafe or do not fit each other.
+    """
+    path = Path(path)
+    if path.exists():
+        check_kind(path)
+    if path.suffix == ".gguf":
+        return _load_gguf(path, dtype=dtype, device=device)
+    config, family, raw = load_config(path)
+    generation = read_generation(path)
+    model = assemble(config, dict(_our_tensors(path, config, family, dtype=dtype)), device=device)
+    eos_ids = token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id"))
+    return LoadedModel(model, config, family.name, model.dtype, path, eos_ids, generation)
+
+
+def load_model_and_tokenizer(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+) -> tuple[LoadedModel, "Tokenizer"]:
+    """Both, checked against each other before the weights are opened."""
+    tokenizer = load_tokenizer(path)
+    if Path(path).suffix != ".gguf":
+        check_tokenizer(tokenizer, load_config(path)[0], where=path)
+    loaded = load_model(path, dtype=dtype, device=device)
+    check_tokenizer(tokenizer, loaded.config, where=path)
+    return loaded, tokenizer
+
+
+def assemble(config: ModelConfig, tensors: dict[str, Tensor], *, device: torch.device | str) -> Decoder:
+    """A decoder in eval mode around `tensors` (the decoder's names, all of them), without a copy where none is needed."""
+    with torch.device("meta"):
+        model = Decoder(config)
+    target = torch.device(device)
+    model.load_state_dict({name: tensor.to(target) for name, tensor in tensors.items()}, assign=True)
+    return model.eval()
+
+
+@dataclass(frozen=True)
+class _Stored:
+    """A tensor of a weight file, not touched yet."""
+
+    file: TensorFile
+    entry: TensorEntry
+
+    def tensor(self) -> Tensor:
+        """The tensor, mapped where its alignment allows it."""
+        dtype, entry = _TORCH_DTYPES[self.entry.dtype], self.entry
+        if entry.num_bytes == 0:
+            return torch.empty(entry.shape, dtype=dtype)
+        if entry.start % dtype.itemsize:  # the format does not promise alignment, vector loads need it
+            raw = bytearray(self.file.buffer[entry.start : entry.start + entry.num_bytes])
+            return torch.frombuffer(raw, dtype=dtype).view(entry.shape)
+        return torch.frombuffer(self.file.buffer, dtype=dtype, count=math.prod(entry.shape), offset=entry.start).view(entry.shape)
+
+
+def _our_tensors(folder: Path, config: ModelConfig, family: Family, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's tensors, one after the other, so that only one at a time needs room for a conversion."""
+    bindings = bindings_of(family, config)
+    wanted = {binding.theirs for binding in bindings}
+    found = _with_prefix(_open_tensors(folder), family, wanted)
+    for name in sorted(found.keys() - wanted):
+        tied = config.tie_embeddings and name in family.head_names
+        if name.endswith(family.ignored) or (tied and _is_copy(found, name, bindings[0].theirs)):
+            del found[name]
+    try:
+        check_names({name: stored.entry.shape for name, stored in found.items()}, bindings, what=f"{family.name} model")
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+    target = _TORCH_DTYPES[found[bindings[0].theirs].entry.dtype] if dtype is None else dtype
+    for binding in bindings:
+        stored = found[binding.theirs]
+        source = stored.tensor()
+        parts = [part.to(target).contiguous() for part in binding.rule.to_ours(source, binding.our_shapes)]
+        yield from zip(binding.ours, parts, strict=True)
+        if all(part.untyped_storage().data_ptr() != source.untyped_storage().data_ptr() for part in parts):
+            del source
+            stored.file.forget(stored.entry)
+
+
+def _with_prefix(found: dict[str, _Stored], family: Family, wanted: set[str]) -> dict[str, _Stored]:
+    """A checkpoint of the bare trunk (GPT-2 on the hub) leaves the prefix off; put it back."""
+    if any(name.startswith(family.trunk_prefix) for name in found):
+        return found
+    return {name if name in wanted else family.trunk_prefix + name: stored for name, stored in found.items()}
+
+
+def _is_copy(found: dict[str, _Stored], name: str, original: str) -> bool:
+    return original in found and torch.equal(found[name].tensor(), found[original].tensor())
+
+
+def _open_tensors(folder: Path) -> dict[str, _Stored]:
+    """Every tensor of the weight files of `folder`, mapped. Raises InputError for a tensor that is there twice."""
+    found: dict[str, _Stored] = {}
+    for path, listed in weight_files(folder).items():
+        file = TensorFile(path)
+        if listed is not None and listed != file.entries.keys():
+            odd = sorted(listed ^ file.entries.keys())[0]
+            says = "lists a tensor that is not in it" if odd in listed else "does not list its tensor"
+            raise InputError(f"{path}: {INDEX_NAME} {says}: {odd!r}")
+        for name, entry in file.entries.items():
+            if name in found:
+                raise InputError(f"{path}: tensor {name!r} is in another file too")
+            if entry.dtype not in _TORCH_DTYPES:
+                raise InputError(f"{path}: tensor {name!r} has the dtype {entry.dtype}, weights are {', '.join(_TORCH_DTYPES)}")
+            found[name] = _Stored(file, entry)
+    return found
+
+
+def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
+    """A model from a GGUF file: weights dequantised, rows of q and k put back into Hugging Face's order."""
+    from llmctl.core.families.gguf import ROPE_FACTORS, Metadata, gguf_family, halves_from_pairs, llama3_scaling
+    from llmctl.core.families.gguf_tokenizer import eos_ids_of
+    from llmctl.core.gguf import GgufFile
+
+    file = GgufFile(path)
+    try:
+        meta = Metadata(file.metadata)
+        record = gguf_family(meta)
+        if "token_embd.weight" not in file.tensors:
+            raise InputError("tensor 'token_embd.weight' is missing")
+        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
+        config = record.config(meta, shapes, shapes["token_embd.weight"][0])
+        if ROPE_FACTORS in file.tensors:
+            config = dataclasses.replace(config, rope_scaling=llama3_scaling(file.array(file.tensors[ROPE_FACTORS]), config))
+        bindings = list(bind(record.rules, config.num_layers, tensor_shapes(config)))
+        check_names({name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}, bindings, what=f"{record.family} model")
+    except (InputError, LookupError) as error:
+        raise InputError(f"{path}: {error.args[0]}") from error
+    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+    stored = kinds.get(file.tensors["token_embd.weight"].kind, torch.float32) if dtype is None else dtype
+    tensors = {}
+    for binding in bindings:
+        array = file.array(file.tensors[binding.theirs])
+        for name, part in zip(binding.ours, binding.rule.to_ours(array, binding.our_shapes), strict=True):
+            if record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k")):
+                part = halves_from_pairs(part, config.head_dim)
+            tensors[name] = torch.from_numpy(part).to(stored).contiguous()
+    model = assemble(config, tensors, device=device)
+    return LoadedModel(model, config, record.family, model.dtype, path, eos_ids_of(file.metadata), {})

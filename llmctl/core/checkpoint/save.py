@@ -1,0 +1,119 @@
+"""Writing a model directory that transformers loads. Knows families and tensors."""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from llmctl.core.checkpoint.folder import and_more, bindings_of, token_ids
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.errors import InputError, write_error
+from llmctl.core.families import Family, family_named
+from llmctl.core.files import write_json
+from llmctl.core.model.decoder import sinusoidal_table
+from llmctl.core.model.facts import tensor_shapes
+from llmctl.core.tensorfile import INDEX_NAME, SINGLE_NAME
+
+if TYPE_CHECKING:
+    from llmctl.core.tokenizer import Tokenizer
+
+MAX_SHARD_BYTES = 5 << 30
+_DTYPE_NAMES = {torch.float32: "float32", torch.bfloat16: "bfloat16", torch.float16: "float16", torch.float64: "float64"}
+
+
+def hf_tensors(config: ModelConfig, family: Family, tensors: Mapping[str, Tensor], *, dtype: torch.dtype) -> dict[str, Tensor]:
+    """`tensors` (the decoder's names) under Hugging Face's names and layouts, contiguous, in `dtype`.
+
+    Raises InputError that names what is left over or missing.
+    """
+    given = dict(tensors)
+    if config.positions == "sinusoidal" and "positions.weight" not in given:
+        given["positions.weight"] = sinusoidal_table(config.max_positions, config.hidden_size)
+    shapes = tensor_shapes(config)
+    for what, names in (("missing", shapes.keys() - given.keys()), ("not one of this model's", given.keys() - shapes.keys())):
+        if names:
+            raise InputError(f"tensor {min(names)!r} is {what}{and_more(sorted(names))}")
+    result = {}
+    for binding in bindings_of(family, config):
+        for name, shape in zip(binding.ours, binding.our_shapes, strict=True):
+            if tuple(given[name].shape) != shape:
+                raise InputError(f"tensor {name!r} has the shape {list(given[name].shape)}, {list(shape)} is wanted")
+        joined = binding.rule.to_theirs([given[name].detach() for name in binding.ours])
+        result[binding.theirs] = joined.to(device="cpu", dtype=dtype).contiguous()
+    return result
+
+
+def save_model(
+    directory: Path,
+    *,
+    config: ModelConfig,
+    family: str,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype | None = None,
+    tokenizer: "Tokenizer | None" = None,
+    generation: Mapping[str, Any] | None = None,
+    max_shard_bytes: int = MAX_SHARD_BYTES,
+) -> None:
+    """Write a model directory that transformers loads: config, weights, generation config, tokenizer.
+
+    `tensors` have the decoder's names; `dtype` None keeps that of the embeddings. `directory` exists and is usually a
+    temporary one that the caller renames: nothing here is atomic or fsynced. Raises WriteError when the disk is full.
+    """
+    record = family_named(family)
+    dtype = tensors["embed.weight"].dtype if dtype is None else dtype
+    generation = dict(generation or {})
+    bos, eos, pad = _special_ids(tokenizer, generation)
+    write_json(directory / "config.json", record.write_config(config, dtype=_DTYPE_NAMES[dtype], bos_id=bos, eos_ids=eos, pad_id=pad))
+    ids = {"bos_token_id": bos, "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, "pad_token_id": pad}
+    known = {key: value for key, value in ids.items() if value is not None}
+    write_json(directory / "generation_config.json", {"_from_model_config": True, **generation, **known})
+    _write_weights(directory, hf_tensors(config, record, tensors, dtype=dtype), max_shard_bytes)
+    if tokenizer is not None:
+        tokenizer.save(directory)
+
+
+def _special_ids(tokenizer: "Tokenizer | None", generation: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...], int | None]:
+    """Ids of begin, end (several, when the generation config knows more than the tokenizer) and padding."""
+    first = {key: (token_ids(generation.get(f"{key}_token_id")) or (None,))[0] for key in ("bos", "pad")}
+    eos = token_ids(generation.get("eos_token_id"))
+    if tokenizer is None:
+        return first["bos"], eos, first["pad"]
+    if not eos and tokenizer.eos_id is not None:
+        eos = (tokenizer.eos_id,)
+    bos = tokenizer.bos_id if tokenizer.bos_id is not None else first["bos"]
+    return bos, eos, tokenizer.pad_id if tokenizer.pad_id is not None else first["pad"]
+
+
+def _write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    shards: list[dict[str, Tensor]] = [{}]
+    filled = 0
+    for name, tensor in tensors.items():
+        num_bytes = tensor.numel() * tensor.element_size()
+        if shards[-1] and filled + num_bytes > max_shard_bytes:
+            shards.append({})
+            filled = 0
+        shards[-1][name] = tensor
+        filled += num_bytes
+    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    for name, shard in zip(names, shards, strict=True):
+        try:
+            save_file(shard, directory / name, metadata={"format": "pt"})
+        except OSError as error:
+            raise write_error(error, path=directory / name) from error
+        except SafetensorError as error:  # it tells an i/o error only in words
+            raise _as_write_error(error, directory / name) from error
+    if len(shards) > 1:
+        total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
+        table = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def _as_write_error(error: Exception, path: Path) -> Exception:
+    number = re.search(r"os error (\d+)", str(error))
+    return write_error(OSError(int(number.group(1)), str(error)), path=path) if number else write_error(OSError(0, str(error)), path=path)
