@@ -1,6 +1,5 @@
 """`llmctl tokenize`: train and count, and the registration of its other commands."""
 
-import importlib.util
 import json
 import os
 import sys
@@ -11,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llmctl.cli import tokenize_filters
+from llmctl.cli import tokenize_filters, tokenize_pack
 from llmctl.cli.options import CONTEXT_SETTINGS, add_command
 from llmctl.cli.shell import Shell, stderr_line
 from llmctl.cli.streams import out
@@ -51,8 +50,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, name="train", command="tokenize train", config=TrainConfig, run=train, help=TRAIN_HELP)
     tokenize_filters.register(group)
     add_command(group, name="count", command="tokenize count", config=CountConfig, run=count, help=COUNT_HELP)
-    if importlib.util.find_spec("llmctl.cli.tokenize_pack") is not None:
-        importlib.import_module("llmctl.cli.tokenize_pack").register(group)
+    tokenize_pack.register(group)
     app.add_typer(group)
 
 
