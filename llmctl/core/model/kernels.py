@@ -89,8 +89,9 @@ class Lookup(torch.autograd.Function):
         return torch.nn.functional.embedding(tokens, weight)
 
     @staticmethod
-    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        """The gradient of the weights, (V, C)."""
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
+        """Gradient of the weight."""
         (tokens,) = ctx.saved_tensors
-        gradient = torch.ops.aten.embedding_dense_backward(grad_outputs[0].float(), tokens, ctx.num_rows, -1, False)
+        gradient = torch.ops.aten.embedding_dense_backward(grad.float(), tokens, ctx.num_rows, -1, False)
         return None, gradient.to(ctx.dtype)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from torch.nn import functional as F
 
-from llmctl.core.model.kernels import RmsNorm, Rotate
+from llmctl.core.model.kernels import Lookup, RmsNorm, Rotate
 from llmctl.core.model.rope import rotate
 
 TOLERANCE = {torch.float32: 3e-6, torch.bfloat16: 6e-3}
@@ -54,3 +54,16 @@ def test_rotation(rows: int, rotated: int, dtype: torch.dtype) -> None:
     found = Rotate.apply(x, cos, sin)
     assert error(found.detach(), wanted) < TOLERANCE[dtype]
     assert error(torch.autograd.grad(found, x, grad)[0], back) < TOLERANCE[dtype]
+
+
+def test_the_gradient_of_a_frequent_token_keeps_growing_in_bf16() -> None:
+    weight = torch.randn(4, 8).bfloat16().requires_grad_()
+    tokens = torch.tensor([[0, 1] * 2000, [2, 0] * 2000])
+    grad = torch.rand(2, 4000, 8).bfloat16()
+    found = Lookup.apply(tokens, weight)
+    assert torch.equal(found, F.embedding(tokens, weight))
+    (ours,) = torch.autograd.grad(found, weight, grad)
+    exact = weight.detach().double().requires_grad_()
+    (wanted,) = torch.autograd.grad(F.embedding(tokens, exact), exact, grad.double())
+    assert ours.dtype == torch.bfloat16
+    torch.testing.assert_close(ours.double(), wanted, rtol=1 / 256, atol=0)
