@@ -73,9 +73,10 @@ def read_prompt(config: GenerateConfig) -> str:
     """The prompt: a file or piped stdin, and the argument after it. Raises UsageError when there is nothing."""
     argument = config.text if config.text is not None else config.prompt
     pieces = []
-    if config.prompt_file is not None:
+    file_is_stdin = config.prompt_file == Path("-")
+    if config.prompt_file is not None and not file_is_stdin:
         pieces.append(_as_text(_read_file(config.prompt_file, "--prompt-file"), where=f"--prompt-file {config.prompt_file}"))
-    if argument == "-" or (config.prompt_file is None and (stdin_has_input() or argument is None)):
+    if argument == "-" or file_is_stdin or (config.prompt_file is None and (stdin_has_input() or argument is None)):
         if stdin_is_terminal() and argument is None:
             raise UsageError('no prompt: give one as an argument, for instance llmctl generate "Once upon a time", or pipe it in')
         pieces.append(_as_text(read_stdin(max_bytes=MAX_PROMPT_BYTES), where="stdin"))

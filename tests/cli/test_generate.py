@@ -94,6 +94,8 @@ def test_greedy_text_is_the_same_on_each_way_in(llmctl: Callable[..., Result], m
         (("-f", file), None),
         ((), b"Once upon\n"),
         (("-",), b"Once upon\r\n"),
+        (("-f", "-"), b"Once upon"),
+        (("-f", "-", "upon"), b"Once"),
         (("upon",), b"Once\n"),
         (("upon", "-f", tmp_path / "once"), None),
     ):

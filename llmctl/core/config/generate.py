@@ -31,7 +31,9 @@ class GenerateConfig:
         None, "The prompt, or - to read it from stdin. Piped stdin comes before it.", metavar="PROMPT", positional=True
     )
     prompt: str | None = option(None, "The prompt, as a flag.", "-p", panel=_PROMPT)
-    prompt_file: Path | None = option(None, "File that holds the prompt, or its beginning.", "-f", metavar="FILE", panel=_PROMPT)
+    prompt_file: Path | None = option(
+        None, "File that holds the prompt, or its beginning; - is stdin.", "-f", metavar="FILE", panel=_PROMPT
+    )
     system: str | None = option(None, "System message of the chat.", panel=_PROMPT)
     chat: bool | None = option(
         None,

@@ -120,13 +120,17 @@ def _kept(logits: FloatArray, params: SamplingParams) -> tuple[IntArray, NDArray
     if params.top_k is not None and params.top_k < vocab_size:
         threshold = np.partition(logits, vocab_size - params.top_k)[vocab_size - params.top_k]
         ids = np.flatnonzero(logits >= threshold)
-        kept = logits[ids].astype(np.float64)
+        weights = logits[ids].astype(np.float64)
     else:
         ids = np.arange(vocab_size)
-        kept = logits.astype(np.float64)
-    # shifted before it is divided: a temperature of 1e-300 must give 0 and -inf, not inf - inf
-    with np.errstate(over="ignore"):
-        weights = np.exp((kept - kept.max()) / params.temperature)
+        weights = logits.astype(np.float64)
+    # in place, since a vocabulary of 150,000 is worth it; shifted before it is divided, since a temperature of 1e-300
+    # must give 0 and -inf, not inf - inf
+    weights -= weights.max()
+    if params.temperature != 1:
+        with np.errstate(over="ignore"):
+            weights /= params.temperature
+    np.exp(weights, out=weights)
     if params.top_p is not None and params.top_p < 1:
         chosen = _nucleus(weights, params.top_p)
         ids, weights = ids[chosen], weights[chosen]
