@@ -9,7 +9,7 @@ from llmctl.core.config.finetune import FinetuneConfig
 
 _HELP = """Teach a model answers, from rows in chat or instruction form.
 
-Rows are JSONL (or a JSON array, also .gz) of one form a file: messages, conversations (ShareGPT), instruction/input/output,
+Rows are JSONL (or a JSON array, also .gz or .zst) of one form a file: messages, conversations (ShareGPT), instruction/input/output,
 instruction/instances, or prompt/completion. The loss is on the answers and the token that ends them. Rows are packed into
 sequences of --seq-len, and attention stays within each row. A run folder comes out, as from pretrain: its checkpoints are
 Hugging Face model directories with tokenizer and chat template, and a run stopped in any way goes on with --resume, bit for bit."""

@@ -4,11 +4,13 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from llmctl.core.files import sha256_file
 from tests.core.data.test_chat import write_jsonl
 from tests.core.train.test_finetune import ROWS, tiny_base
 
@@ -69,6 +71,25 @@ def test_every_failure_has_its_exit_code_and_one_line(place: Path, arguments: li
     assert message in last_line(done)
     assert not (place / "never").exists()
     assert done.stdout == ""
+
+
+def test_killed_in_the_middle_and_resumed_it_ends_as_an_unbroken_run(place: Path) -> None:
+    """kill -9, wherever it falls: weights and optimizer in the end are those of the run that nobody stopped."""
+    common = ["--data", place / "rows.jsonl", "--max-steps", 8, "--save-every", 2, "--batch-size", 2, "--threads", 1, "-q"]
+    assert finetune(place, *common, "-o", place / "whole").returncode == 0
+    command = [sys.executable, "-m", "llmctl", "finetune", "-m", place / "base", "--dtype", "f32", "--seq-len", 64, *common]
+    killed = subprocess.Popen([*map(str, command), "-o", str(place / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = place / "killed" / "metrics.jsonl"
+    while killed.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b'"step"') >= 3):
+        time.sleep(0.01)
+    killed.kill()
+    killed.wait()
+    resumed = llmctl("finetune", "-o", place / "killed", "--auto-resume", *([] if metrics.exists() else common))
+    assert resumed.returncode == 0, resumed.stderr
+    for name in ("model.safetensors", "trainer/optimizer.safetensors"):
+        assert sha256_file(place / "killed" / "step-00000008" / name) == sha256_file(place / "whole" / "step-00000008" / name)
+    steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"kind": "step"' in line]
+    assert steps == list(range(1, 9))
 
 
 def test_help_imports_no_torch(place: Path) -> None:

@@ -18,7 +18,7 @@ class FinetuneConfig:
 
     model: str | None = option(None, "Model to start from: a folder, .gguf file, hub id or built-in name.", "-m", panel=_DATA)
     data: tuple[Path, ...] = option(
-        (), "JSONL or JSON file of rows in chat or instruction form, may be .gz; repeatable.", metavar="FILE", panel=_DATA
+        (), "JSONL or JSON file of rows in chat or instruction form, may be .gz or .zst; repeatable.", metavar="FILE", panel=_DATA
     )
     val_data: tuple[Path, ...] = option((), "File of rows to evaluate on; repeatable.", metavar="FILE", panel=_DATA)
     val_fraction: float = option(
@@ -83,9 +83,15 @@ class FinetuneConfig:
     decay_fraction: float = option_like(PretrainConfig, "decay_fraction")
     final_lr_fraction: float = option_like(PretrainConfig, "final_lr_fraction")
 
-    eval_every: int | None = option_like(PretrainConfig, "eval_every")
+    eval_every: int | None = option_like(
+        PretrainConfig,
+        "eval_every",
+        help="Steps between evaluations; 0 evaluates at the end only. [default: an epoch, less if that is long]",
+    )
     eval_tokens: int | None = option_like(PretrainConfig, "eval_tokens")
-    save_every: int | None = option_like(PretrainConfig, "save_every")
+    save_every: int | None = option_like(
+        PretrainConfig, "save_every", help="Steps between checkpoints; 0 saves at the end only. [default: an epoch, less if that is long]"
+    )
     log_every: int = option_like(PretrainConfig, "log_every")
     keep_last: int = option_like(PretrainConfig, "keep_last")
     resume: bool = option_like(PretrainConfig, "resume")

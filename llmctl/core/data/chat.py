@@ -1,4 +1,4 @@
-"""Supervised rows as people bring them: JSONL or a JSON array, chat or instruction form, checked row by row.
+"""Supervised rows as people bring them: JSONL or a JSON array (also .gz or .zst), chat or instruction form, checked row by row.
 
 Knows files, rows and the rules of a conversation; knows no tokenizer and no template. A row is named by its number: the
 line in a JSONL file, the place in a JSON array, both from 1.
@@ -12,14 +12,14 @@ The forms, told apart by their keys (the first readable row of a file decides fo
     prompt/completion   {"prompt": "...", "completion": "..."}
 """
 
-import gzip
+import io
 import json
-import zlib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any
 
+from llmctl.core.data.sources import OpenSource, Source, readable_name
 from llmctl.core.errors import InputError, NotFoundError, UsageError
 from llmctl.core.files import parse_json
 
@@ -105,7 +105,7 @@ class _RuleBroken(Exception):
 def read_rows(path: Path) -> Iterator[Row | BadRow]:
     """The rows of one file, in order; blank lines of a JSONL file are skipped and counted in the numbering.
 
-    Raises NotFoundError for a missing file, InputError for a file that cannot be read at all: UTF-16, cut gzip, a line
+    Raises NotFoundError for a missing file, InputError for a file that cannot be read at all: UTF-16, a cut or damaged archive, a line
     over MAX_LINE_BYTES, an array file that is not JSON.
     """
     form: _Form | None = None
@@ -124,37 +124,36 @@ def read_rows(path: Path) -> Iterator[Row | BadRow]:
 
 def _raw_rows(path: Path) -> Iterator[tuple[int, Any]]:
     """(row number, parsed value or _RuleBroken)."""
-    try:
-        with _open(path) as file:
-            head = file.peek(4)[:4]  # type: ignore[attr-defined]
-            if head.startswith((b"\xff\xfe", b"\xfe\xff")):
-                raise InputError(f"{path}: this is UTF-16; convert it first, for instance: iconv -f UTF-16 -t UTF-8")
-            if head.startswith(b"\xef\xbb\xbf"):
-                file.read(3)
-            first = _first_character(file)
-            yield from _array_rows(path, file) if first == b"[" else _line_rows(path, file)
-    except FileNotFoundError as error:
-        raise NotFoundError(f"{path}: no such file") from error
-    except (EOFError, gzip.BadGzipFile, zlib.error) as error:
-        raise InputError(f"{path}: the gzip data is cut or corrupt ({error}); fetch or compress it again") from error
-    except OSError as error:
-        raise InputError(f"cannot read {path}: {error.strerror or error}") from error
-
-
-def _open(path: Path) -> IO[bytes]:
-    """The file's bytes, unpacked when they are gzip (told by its first two bytes, not by its name)."""
+    if not path.exists():
+        raise NotFoundError(f"{path}: no such file")
     if path.is_dir():
         raise UsageError(f"{path} is a folder; name the files in it")
-    file = open(path, "rb")  # noqa: SIM115 - handed on open
-    if file.peek(2)[:2] == b"\x1f\x8b":
-        file.close()
-        return gzip.open(path, "rb")  # type: ignore[return-value]
-    return file
+    with OpenSource(Source(readable_name(path), path, "jsonl", None)) as opened, io.BufferedReader(_Reader(opened), 1 << 18) as file:
+        yield from _array_rows(path, file) if _first_character(file) == b"[" else _line_rows(path, file)
 
 
-def _first_character(file: IO[bytes]) -> bytes:
+class _Reader(io.RawIOBase):
+    """An OpenSource, which gives blocks of a length of its own, as a raw file."""
+
+    def __init__(self, opened: OpenSource) -> None:
+        self._opened = opened
+        self._left = memoryview(b"")
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any, /) -> int:
+        if not self._left:
+            self._left = memoryview(self._opened.read(len(buffer)))
+        block = self._left[: len(buffer)]
+        self._left = self._left[len(block) :]
+        buffer[: len(block)] = block
+        return len(block)
+
+
+def _first_character(file: "io.BufferedReader[Any]") -> bytes:
     """The first byte that is not white space, without consuming more than a peek; b"" if it is not near."""
-    return bytes(file.peek(1)).lstrip()[:1]  # type: ignore[attr-defined]
+    return file.peek(1).lstrip()[:1]
 
 
 def _array_rows(path: Path, file: IO[bytes]) -> Iterator[tuple[int, Any]]:

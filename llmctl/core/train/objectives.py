@@ -45,11 +45,18 @@ class NextToken:
 
 
 def head_loss(model: Decoder, hidden: Tensor, targets: Tensor, *, scale: float) -> Tensor:
-    """`scale` times the summed cross-entropy of `targets` (any shape, IGNORE = none) under the model's head."""
+    """`scale` times the summed cross-entropy of `targets` (any shape, IGNORE = none) under the model's head.
+
+    Rows without a target do not reach the head: with masked prompts they are half of them, and the head a fifth of the work.
+    """
     head = head_of(model)
-    rows = hidden.reshape(-1, hidden.size(-1))  # (R, C)
+    rows, flat = hidden.reshape(-1, hidden.size(-1)), targets.reshape(-1)  # (R, C), (R,)
+    counted = flat != IGNORE
+    if not bool(counted.all()):
+        places = counted.nonzero().squeeze(1)
+        rows, flat = rows.index_select(0, places), flat.index_select(0, places)
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, head.weight, head.bias, targets.reshape(-1), head.multiplier, head.softcap, scale
+        rows, head.weight, head.bias, flat, head.multiplier, head.softcap, scale
     )
     return result
 

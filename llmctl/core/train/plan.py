@@ -52,6 +52,7 @@ SHAPING = (
 """Settings that shape the course of any run, beside its sizes and the dtype: a resume compares them."""
 _BUDGET = ("max_steps", "max_tokens", "epochs", "max_time")
 
+_FEW_STEPS = 100
 _EXPECTED_PEAK_SHARE = 0.5
 """Of the measured matmul peak, for the estimate of time."""
 
@@ -215,9 +216,12 @@ def _num_steps(
     return max(1, math.ceil(epochs * prepared.samples_per_epoch / sizes.batch_size))
 
 
-def _intervals(config: RunConfig, num_steps: int) -> tuple[int, int, int]:
+def _intervals(config: RunConfig, prepared: Prepared, num_steps: int) -> tuple[int, int, int]:
     """Steps between evaluations, checkpoints and samples."""
     tenth = max(1, num_steps // 10)
+    if isinstance(config, FinetuneConfig):  # few steps, large checkpoints: an epoch, or less where epochs are long
+        an_epoch = math.ceil(prepared.samples_per_epoch / prepared.sizes.batch_size)
+        tenth = min(an_epoch, max(_FEW_STEPS, tenth))
     eval_every = config.eval_every if config.eval_every is not None else tenth
     save_every = config.save_every if config.save_every is not None else min(1000, tenth)
     if isinstance(config, FinetuneConfig):
@@ -237,7 +241,7 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         moments=2.0 - muon_share,
     )
     total_flops = flops * sizes.batch_tokens * num_steps
-    eval_every, save_every, sample_every = _intervals(config, num_steps)
+    eval_every, save_every, sample_every = _intervals(config, prepared, num_steps)
     return Planned(
         num_parameters=count,
         num_layers=architecture.num_layers,
@@ -295,11 +299,11 @@ def _run(
             checkpoint.state, settings=job.settings, identity=job.identity, allowed=config.allow_change, threads=where.threads
         ):
             yield Warned(message=text)
-    run.store_config(to_toml(config, leave_out=RESUME_ONLY))
     trainer = Trainer(job)
     num_steps = _num_steps(config, prepared, where, checkpoint, trainer)
     if checkpoint is not None and num_steps < checkpoint.state.step:
         raise UsageError(f"the budget is {num_steps} steps, but the run has already done {checkpoint.state.step}; raise it")
+    run.store_config(to_toml(config, leave_out=RESUME_ONLY))
     plan = _plan(config, prepared, where, num_steps)
     warmup_steps = plan.warmup_steps
     if checkpoint is not None and config.warmup_steps == checkpoint.state.settings.get("warmup_steps"):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import zstandard
 
 from llmctl.core.data.chat import BadRow, Completion, Conversation, Message, Row, read_rows
 from llmctl.core.errors import InputError, NotFoundError, UsageError
@@ -69,13 +70,14 @@ def test_a_self_instruct_row_gives_one_example_an_instance(tmp_path: Path) -> No
     ]
 
 
-def test_jsonl_array_gzip_and_byte_order_mark_hold_the_same_rows(tmp_path: Path) -> None:
+def test_jsonl_array_archives_and_byte_order_mark_hold_the_same_rows(tmp_path: Path) -> None:
     rows = [{"prompt": str(i), "completion": "ü" * (i + 1)} for i in range(5)]
     plain = write_jsonl(tmp_path / "rows.jsonl", rows)
     wanted = examples(plain)
     variants = {
         "array.json": json.dumps(rows, indent=1).encode(),
         "spaced.json": b"\n  " + json.dumps(rows).encode(),
+        "packed.zst": zstandard.compress(plain.read_bytes()),
         "packed.bin": gzip.compress(plain.read_bytes()),
         "array.json.gz": gzip.compress(json.dumps(rows).encode()),
         "marked.jsonl": b"\xef\xbb\xbf" + plain.read_bytes(),
@@ -147,7 +149,7 @@ def test_a_file_that_cannot_be_read_at_all_is_an_error(tmp_path: Path) -> None:
         list(read_rows(tmp_path))
     broken = {
         "utf16.jsonl": ("[]".encode("utf-16"), "UTF-16"),
-        "cut.jsonl.gz": (gzip.compress(os.urandom(10_000))[:5_000], "gzip data is cut or corrupt"),
+        "cut.jsonl.gz": (gzip.compress(os.urandom(10_000))[:5_000], "the file was truncated"),
         "array.json": (b'[{"prompt": "a"', "not valid JSON"),
     }
     for name, (data, message) in broken.items():
