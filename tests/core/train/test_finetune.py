@@ -22,7 +22,7 @@ from llmctl.core.errors import InputError, Interrupted, NotFoundError, PartialFa
 from llmctl.core.files import sha256_file
 from llmctl.core.model import Decoder
 from llmctl.core.tokenizer import Tokenizer
-from llmctl.core.train.events import EvalDone, Finished, RowsRead, StepDone
+from llmctl.core.train.events import EvalDone, Finished, RowsRead, StepDone, Warned
 from llmctl.core.train.finetune import train
 from llmctl.core.train.objectives import NextToken
 from tests.core.data.chat_tokenizers import byte_tokenizer
@@ -344,3 +344,30 @@ def test_a_small_file_still_gives_several_steps_an_epoch(tmp_path: Path) -> None
     plan = events[-1]
     assert plan.seq_len == 128
     assert 6 <= plan.num_steps <= 16
+
+
+def test_a_base_model_without_control_tokens_learns_through_the_plain_template(tmp_path: Path) -> None:
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    tiny_base(tmp_path / "base", tokenizer=byte_tokenizer(("<|endoftext|>",), chat_template=None))
+    rows = [{"instruction": "Name", "input": "a colour", "output": "Red"}, {"instruction": "Count", "output": "1 2 3"}]
+    write_jsonl(tmp_path / "rows.jsonl", rows)
+    events = run_all(config_of(tmp_path, max_steps=60, learning_rate=1e-2, seq_len=128, save_every=0))
+    assert any(isinstance(event, Warned) and "default plain-text" in event.message for event in events)
+    model = AutoModelForCausalLM.from_pretrained(events[-1].path).eval()
+    tokenizer = AutoTokenizer.from_pretrained(events[-1].path)
+    for question, answer in (("Name\na colour", "Red"), ("Count", "1 2 3")):
+        text = f"### Instruction:\n{question}\n\n### Response:\n"
+        prompt = tokenizer(text, return_tensors="pt").input_ids
+        chat = tokenizer.apply_chat_template([{"role": "user", "content": question}], add_generation_prompt=True, return_dict=False)
+        assert chat == prompt[0].tolist()
+        ids = model.generate(prompt, max_new_tokens=20, do_sample=False, attention_mask=torch.ones_like(prompt))[0, prompt.shape[1] :]
+        assert tokenizer.decode(ids) == answer + "<|endoftext|>"
+
+
+def test_plain_completions_leave_a_base_model_without_a_template(tmp_path: Path) -> None:
+    write_jsonl(tmp_path / "rows.jsonl", [{"prompt": "Once upon", "completion": " a time"}])
+    path = Path(run_all(config_of(tmp_path, max_steps=1))[-1].path)
+    assert not (path / "chat_template.jinja").exists()
+    templated = run_all(config_of(tmp_path, max_steps=1, chat=True, out_dir=tmp_path / "chat"))
+    assert (Path(templated[-1].path) / "chat_template.jinja").read_text() == CHATML_TEMPLATE
