@@ -5,6 +5,7 @@ work (see encode.py). A text file may be larger than memory, so it comes in piec
 """
 
 import hashlib
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
@@ -267,9 +268,9 @@ def _cannot_cut(held: bytearray, blocks: Iterator[bytes], line: int, limit: int,
 def last_cut(data: bytes | bytearray, stop: int) -> int | None:
     """The last place in [1, stop) where UTF-8 text may be cut without changing its ids; None if there is none.
 
-    The pre-tokenisers of GPT-2, Llama 3, Qwen and o200k end a word (a) after a newline that a letter or digit follows,
-    and (b) before a newline that follows a letter or digit: their patterns never join what stands on the two sides.
-    Blanks, punctuation and marks beside the newline are left alone, since some patterns run over them.
+    The pre-tokenisers of GPT-2, Llama 3, Qwen and o200k end a word (a) after a single newline between something that is
+    no blank and a letter or digit, and (b) before a newline that follows a letter or digit. Elsewhere a pattern may join
+    the two sides, or look ahead: GPT-2 takes the last blank of a run apart, unless the text ends there.
     """
     while (newline := data.rfind(b"\n", 0, stop)) >= 0:
         cut = _cut_beside(data, newline)
@@ -290,13 +291,13 @@ def first_cut(data: bytes | bytearray, start: int, stop: int) -> int | None:
 
 
 def _cut_beside(data: bytes | bytearray, newline: int) -> int | None:
-    after = data[newline + 1 : newline + 5].decode("utf-8", "ignore")[:1]
-    if after.isalnum() and data.startswith(after.encode(), newline + 1):
-        return newline + 1
     before = data[max(0, newline - 4) : newline].decode("utf-8", "ignore")[-1:]
-    if _is_plain_letter(before) and data.endswith(before.encode(), 0, newline):
-        return newline
-    return None
+    if not before or not data.endswith(before.encode(), 0, newline):
+        return None
+    after = data[newline + 1 : newline + 5].decode("utf-8", "ignore")[:1]
+    if after.isalnum() and data.startswith(after.encode(), newline + 1) and unicodedata.category(before)[0] in "LNPS":
+        return newline + 1
+    return newline if _is_plain_letter(before) else None
 
 
 def _is_plain_letter(character: str) -> bool:
