@@ -6,6 +6,7 @@ run/run.lock  config.toml  status.json  metrics.jsonl  step-00000500/ ...
 import json
 import os
 import socket
+import stat
 import time
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -47,6 +48,16 @@ class RunFolder:
     def is_used(self) -> bool:
         """Whether a run has left anything here."""
         return any(p.name != LOCK_NAME and not p.name.startswith(".tmp-") for p in self.path.iterdir())
+
+    @property
+    def distrust(self) -> str | None:
+        """Why others than this user may have changed the run's files, or None."""
+        status = self.path.stat()
+        if status.st_uid != os.getuid():
+            return f"{self.path} belongs to another user (uid {status.st_uid}): go on only if you trust what is in it"
+        if status.st_mode & stat.S_IWOTH and not status.st_mode & stat.S_ISVTX:
+            return f"{self.path} may be written to by everybody: go on only if you trust what is in it, or run chmod o-w on it"
+        return None
 
     @property
     def metrics(self) -> "Metrics":

@@ -171,6 +171,8 @@ class Trainer:
             job.run.metrics.truncate_after(-1)
             return
         saved = job.resume.state
+        if distrust := job.run.distrust:
+            yield Warned(message=distrust)
         optimizer = checkpoints.load_tensors(job.resume.path / "trainer" / "optimizer.safetensors")
         weights = job.read_model(job.resume.path)
         self.optimizer.load(

@@ -173,3 +173,14 @@ def test_a_log_that_cannot_be_written_complains_once(tmp_path: Path) -> None:
     assert "training goes on" in (metrics.take_trouble() or "")
     metrics.append({"kind": "step", "step": 3})
     assert metrics.take_trouble() is None
+
+
+def test_a_folder_that_others_may_change_is_not_trusted_silently(tmp_path: Path) -> None:
+    run = RunFolder(tmp_path / "run", fresh=True)
+    run.path.chmod(0o755)
+    assert run.distrust is None
+    run.path.chmod(0o777)
+    assert "everybody" in (run.distrust or "")
+    run.path.chmod(0o1777)
+    assert run.distrust is None
+    run.close()
