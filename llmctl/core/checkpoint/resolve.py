@@ -20,10 +20,10 @@ def resolve_model(reference: str) -> Path:
         if reference and path.exists():
             check_kind(path)
             return path
+        if reference.isidentifier() and (BUILT_IN / reference / "config.json").is_file():
+            return BUILT_IN / reference
     except OSError:  # a name too long for a file
         pass
-    if reference.isidentifier() and (BUILT_IN / reference / "config.json").is_file():
-        return BUILT_IN / reference
     from llmctl.core.hub import fetch_model, is_hub_id
 
     if is_hub_id(reference):
@@ -33,8 +33,13 @@ def resolve_model(reference: str) -> Path:
 
 
 def check_kind(path: Path) -> None:
-    """Raise InputError when `path` is a file that is not read as a model."""
-    if path.is_dir() or path.suffix == ".gguf":
+    """Raise InputError when `path` is a file that is not read as a model, NotFoundError when it is a run folder."""
+    if path.is_dir():
+        steps = [] if (path / "config.json").exists() else sorted(path.glob("step-????????"))
+        if steps:
+            raise NotFoundError(f"{path} is a run folder, not a model; its newest checkpoint is {steps[-1]}")
+        return
+    if path.suffix == ".gguf":
         return
     if path.suffix in PICKLES:
         raise InputError(f"{path}: pickle refused, since reading one can run any code; a directory with model.safetensors is wanted")

@@ -5,6 +5,9 @@ from typing import Any, Literal
 
 from llmctl.core.errors import InputError
 
+MAX_LAYERS = 4096
+"""Far beyond any model: a config.json that asks for a billion layers must not be tried."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
@@ -68,12 +71,32 @@ class ModelConfig:
             value = getattr(self, name)
             if not isinstance(value, int) or isinstance(value, bool) or not 1 <= value <= 1 << 31:
                 raise InputError(f"model config: {name} is {value!r}; a whole number from 1 on is wanted")
+        if self.num_layers > MAX_LAYERS:
+            raise InputError(f"model config: {self.num_layers} layers; at most {MAX_LAYERS} are built")
+        if not self.norm_eps > 0 or not self.initializer_range >= 0:
+            raise InputError(f"model config: norm_eps {self.norm_eps} or initializer_range {self.initializer_range} is out of range")
         if self.num_heads % self.num_kv_heads:
             raise InputError(f"model config: {self.num_heads} heads cannot share {self.num_kv_heads} key-value heads evenly")
         if self.positions == "rope" and self.rotary_size % 2:
             raise InputError(f"model config: rotary positions need an even size, {self.rotary_size} was found")
+        if not 0 <= self.rotary_size <= self.head_dim:
+            raise InputError(f"model config: {self.rotary_size} dimensions cannot be rotated in heads of {self.head_dim}")
+        if self.rope_scaling is not None:
+            self._check_scaling(self.rope_scaling)
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise InputError(f"model config: {len(self.windows)} windows for {self.num_layers} layers")
+        if self.windows is not None and any(window is not None and window < 1 for window in self.windows):
+            raise InputError("model config: a window must hold at least 1 token")
+
+    def _check_scaling(self, scaling: RopeScaling) -> None:
+        """Refuse numbers that the formulas of core/model/rope.py would divide by zero with."""
+        low, high = scaling.parameters.get("low_freq_factor"), scaling.parameters.get("high_freq_factor")
+        if low is not None and high is not None and not low < high:
+            raise InputError(f"model config: the rope's low_freq_factor {low} must be below its high_freq_factor {high}")
+        if scaling.kind == "dynamic" and self.rotary_size < 4:
+            raise InputError(f"model config: dynamic rope scaling needs 4 rotated dimensions, {self.rotary_size} were found")
+        if scaling.kind == "yarn" and not self.rope_theta > 1:
+            raise InputError(f"model config: yarn needs a rope_theta above 1, {self.rope_theta} was found")
 
     @property
     def rotary_size(self) -> int:

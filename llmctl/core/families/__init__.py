@@ -16,6 +16,10 @@ __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, QWEN2, QWEN3)}
 
+_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal", "_experts_implementation_internal")
+_CODE_KEYS += ("use_kernels", "kernel_config", "hub_kernels")
+"""Keys by which a config makes transformers fetch or run code: modelling files, pipelines, kernels."""
+
 
 def family_named(name: str) -> Family:
     """The family called `name`. Raises InputError that lists the names."""
@@ -26,7 +30,7 @@ def family_named(name: str) -> Family:
 
 def family_of(hf_config: Mapping[str, Any], *, where: str = "config.json") -> Family:
     """The family that reads `hf_config`, by its `model_type`. Raises InputError, also for a config that wants code run."""
-    for key in ("auto_map", "_attn_implementation_internal", "trust_remote_code", "custom_pipelines"):
+    for key in _CODE_KEYS:
         if hf_config.get(key):
             raise InputError(f"{where}: {key!r} asks to run code that comes with the model; refused (remove the key if it works without)")
     if hf_config.get("quantization_config"):
