@@ -16,8 +16,16 @@ __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
 FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, QWEN2, QWEN3)}
 
-_CODE_KEYS = ("auto_map", "custom_pipelines", "trust_remote_code", "_attn_implementation_internal", "_experts_implementation_internal")
-_CODE_KEYS += ("use_kernels", "kernel_config", "hub_kernels")
+_CODE_KEYS = (
+    "auto_map",
+    "custom_pipelines",
+    "trust_remote_code",
+    "_attn_implementation_internal",
+    "_experts_implementation_internal",
+    "use_kernels",
+    "kernel_config",
+    "hub_kernels",
+)
 """Keys by which a config makes transformers fetch or run code: modelling files, pipelines, kernels."""
 
 
