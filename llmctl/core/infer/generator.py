@@ -57,17 +57,19 @@ class Generator:
         truncate: Literal["left", "right"] | None = None,
     ) -> "Generator":
         """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError."""
+        from llmctl.core.checkpoint import check_tokenizer, load_model, load_tokenizer, resolve_model
+
+        path = resolve_model(str(model))
+        words = load_tokenizer(path if tokenizer is None else tokenizer)
+        # torch takes a second and a half to import: what can go wrong without it has gone wrong before
         import torch
 
-        from llmctl.core.checkpoint import check_tokenizer, load_model, load_tokenizer, resolve_model
         from llmctl.core.infer.torch_executor import TorchExecutor
         from llmctl.core.model.device import choose_device, dtype_named
 
         if threads is not None:
             torch.set_num_threads(threads)
-        path = resolve_model(str(model))
         chosen = choose_device(device)
-        words = load_tokenizer(path if tokenizer is None else tokenizer)
         if chat_template is not None:
             words.chat_template = chat_template
         loaded = load_model(path, dtype=dtype_named(dtype), device=chosen)
