@@ -130,7 +130,7 @@ def _declarations(field: "dataclasses.Field[Any]", info: FieldInfo, kind: type) 
 
 def _help_text(field: "dataclasses.Field[Any]", info: FieldInfo) -> str:
     default = field.default
-    if default is None or default is dataclasses.MISSING or default == () or info.positional:
+    if default is None or default is dataclasses.MISSING or default in ((), "") or info.positional:
         return info.help
     text = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
     return f"{info.help} [default: {text}]"

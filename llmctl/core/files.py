@@ -81,10 +81,15 @@ def _apply_umask(fd: int, path: Path) -> None:
     try:
         mode = os.stat(path).st_mode & 0o777
     except OSError:
-        umask = os.umask(0)
-        os.umask(umask)
-        mode = 0o666 & ~umask
+        mode = 0o666 & ~_umask()
     os.fchmod(fd, mode)
+
+
+def _umask() -> int:
+    """The mask of this process, which can only be read by setting it."""
+    umask = os.umask(0)
+    os.umask(umask)
+    return umask
 
 
 def write_bytes(path: Path, data: bytes) -> None:
@@ -250,8 +255,10 @@ def atomic_dir(path: Path, *, before_rename: Callable[[Path], None] | None = Non
         except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
             raise _cannot_create(path, error) from error
         yield temp
+        mode = 0o666 & ~_umask()
         for file in temp.rglob("*"):
             if file.is_file():
+                os.chmod(file, mode)  # safetensors makes its files 0600
                 fsync_file(file)
         if before_rename is not None:
             before_rename(temp)

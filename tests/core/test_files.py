@@ -199,6 +199,14 @@ def test_killed_at_every_step_a_folder_is_whole_or_not_there(tmp_path: Path) -> 
     assert whole >= 2, "neither the run killed after its rename nor the unbroken one was seen"
 
 
+def test_the_files_of_a_folder_have_the_mode_that_open_would_give(tmp_path: Path) -> None:
+    with files.atomic_dir(tmp_path / "step") as temp:
+        os.close(os.open(temp / "weights", os.O_CREAT | os.O_WRONLY, 0o600))
+    mask = os.umask(0)
+    os.umask(mask)
+    assert stat.S_IMODE((tmp_path / "step" / "weights").stat().st_mode) == 0o666 & ~mask
+
+
 def test_a_failure_inside_the_block_leaves_no_folder(tmp_path: Path) -> None:
     with pytest.raises(ZeroDivisionError), files.atomic_dir(tmp_path / "step") as temp:
         (temp / "weights").write_bytes(b"w" * (1 // 0))
