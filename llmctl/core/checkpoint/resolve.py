@@ -20,7 +20,7 @@ def resolve_model(reference: str) -> Path:
         if reference and path.exists():
             check_kind(path)
             return path
-        if reference.isidentifier() and (BUILT_IN / reference / "config.json").is_file():
+        if reference.isidentifier() and len(reference) <= 64 and (BUILT_IN / reference / "config.json").is_file():
             return BUILT_IN / reference
     except OSError:  # a name too long for a file
         pass
