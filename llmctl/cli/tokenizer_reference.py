@@ -1,4 +1,4 @@
-"""What `--tokenizer` may name. Loads no torch for a folder or a tokenizer.json: a tokenizer needs none."""
+"""What `--tokenizer` may name: what `--model` may, and a tokenizer.json. Loads no torch: a tokenizer needs none."""
 
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -17,10 +17,10 @@ def open_tokenizer(reference: str) -> "Tokenizer":
     from llmctl.core.tokenizer import Tokenizer
 
     path = Path(reference)
-    if path.is_dir() or (path.is_file() and path.suffix != ".gguf"):
-        return Tokenizer.load(path)
-    if path.suffix == ".json":
+    if path.suffix == ".json" and not path.exists():
         raise NotFoundError(f"--tokenizer {reference}: no such file")
+    if path.is_dir() or path.suffix == ".json":
+        return Tokenizer.load(path)
     from llmctl.core.checkpoint import load_tokenizer, resolve_model
 
     return load_tokenizer(resolve_model(reference))

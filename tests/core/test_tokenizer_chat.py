@@ -32,6 +32,7 @@ TEMPLATES = {
     "{%- if message.role == 'assistant' and loop.index0 < ns.last %}{%- set content = content.split('</think>')[-1].lstrip('\\n') %}"
     "{%- endif %}{{- '<|im_start|>' + message.role + '\\n' + content + '<|im_end|>\\n' }}{%- endfor %}"
     "{%- if add_generation_prompt %}{{- '<|im_start|>assistant\\n' }}{%- endif %}",
+    "reasoning": "{% for m in messages %}{{ m.reasoning_content }}{{ m.thinking }}{{ m.reasoning }}{{ m.content }}<|im_end|>{% endfor %}",
     "marked answers": "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\n' }}{% if message['role'] == 'assistant' %}"
     "{% generation %}{{ message['content'] + '<|im_end|>' }}{% endgeneration %}{% else %}{{ message['content'] + '<|im_end|>' }}"
     "{% endif %}{{ '\n' }}{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}",
@@ -53,6 +54,7 @@ CHATS: list[list[dict[str, Any]]] = [
         {"role": "assistant", "content": "<think>first</think>\nok"},
         {"role": "user", "content": "and?"},
     ],
+    [{"role": "user", "content": "q"}, {"role": "assistant", "reasoning": "r", "content": "a"}],
 ]
 
 
@@ -107,6 +109,7 @@ EXPECTED_ANSWERS = {
     "mistral": ["\n\nYes. \n<|endoftext|>", "<think>\nhm\n</think>\n\nNo<|endoftext|>"],
     "gemma": ["Yes.<end_of_turn>", "<think>\nhm\n</think>\n\nNo<end_of_turn>"],
     "reasoning left out of the past": ["Yes. \n<|im_end|>", "<think>\nhm\n</think>\n\nNo<|im_end|>"],
+    "reasoning": ["\n\nYes. \n<|im_end|>", "<think>\nhm\n</think>\n\nNo<|im_end|>"],
     "marked answers": ["\n\nYes. \n<|im_end|>", "<think>\nhm\n</think>\n\nNo<|im_end|>"],
 }
 
@@ -144,6 +147,7 @@ def test_the_token_that_ends_a_turn() -> None:
         "mistral": ["<|endoftext|>"],
         "gemma": ["<end_of_turn>"],
         "reasoning left out of the past": ["<|im_end|>"],
+        "reasoning": ["<|im_end|>"],
         "marked answers": ["<|im_end|>"],
     }
     assert trained(chat=False).end_of_turn_ids == frozenset()

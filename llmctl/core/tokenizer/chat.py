@@ -22,6 +22,8 @@ Span = tuple[int, int]
 _PRIVATE_USE = range(0xE000, 0xF900)
 _ASSISTANT = "assistant"
 _PROBE = "llmctl-probe"
+_REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which messages bring their reasoning. Templates read the first, or the second, so both are filled in."""
 _NO_TOKEN = -1
 """In place of a control's id: cut the text here, and put nothing."""
 
@@ -271,7 +273,11 @@ def _plain(messages: Messages) -> list[dict[str, Any]]:
     for number, message in enumerate(messages, 1):
         if not isinstance(message, Mapping):
             raise InputError(f"message {number}: an object with role and content is wanted, {type(message).__name__} was found")
-        result.append({key: _plain_value(item, number) for key, item in message.items() if item is not None})
+        plain = {str(key): _plain_value(item, number) for key, item in message.items() if item is not None}
+        reasoning = next((plain[key] for key in _REASONING_KEYS if key in plain), None)
+        if reasoning is not None:
+            plain = {"thinking": reasoning, **plain, "reasoning_content": reasoning}
+        result.append(plain)
     return result
 
 

@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from llmctl.core.errors import InputError, NotFoundError
 from llmctl.core.files import read_json, write_json, write_text
-from llmctl.core.tokenizer.tokenizer import Tokenizer
+from llmctl.core.tokenizer.tokenizer import Tokenizer, backend_error
 
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20
@@ -85,14 +85,7 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
     except BaseException as error:
-        raise _malformed(path, error) from error
-
-
-def _malformed(path: Path, error: BaseException) -> BaseException:
-    """`tokenizers` raises bare Exception for bad content, and a PanicException (a BaseException) where Rust gave up."""
-    if isinstance(error, Exception) or type(error).__name__ == "PanicException":
-        return InputError(f"{path}: not a tokenizer that can be read: {error}")
-    return error
+        raise backend_error(error, f"{path}: not a tokenizer that can be read") from error
 
 
 def _read_pair(folder: Path, *, add_prefix_space: bool) -> tokenizers.Tokenizer:
@@ -101,7 +94,7 @@ def _read_pair(folder: Path, *, add_prefix_space: bool) -> tokenizers.Tokenizer:
         model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
         backend = tokenizers.Tokenizer(model)
     except BaseException as error:
-        raise _malformed(folder / "vocab.json", error) from error
+        raise backend_error(error, f"{folder / 'vocab.json'}: not a vocabulary that can be read") from error
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)

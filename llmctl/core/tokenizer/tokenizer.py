@@ -4,11 +4,12 @@ Special tokens in a text are plain text unless the caller says `allow_special`: 
 not end a document.
 """
 
+import contextlib
 import hashlib
 import json
 import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,6 +24,7 @@ from llmctl.core.tokenizer.stream import ByteStreamDecoder, StreamDecoder, Windo
 if TYPE_CHECKING:
     from llmctl.core.tokenizer.chat import ChatEncoder
 
+MAX_VOCAB_SIZE = 1 << 24
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
@@ -95,7 +97,10 @@ class Tokenizer:
     @cached_property
     def vocab_size(self) -> int:
         """The highest id + 1, added tokens included."""
-        return max(self._ids.values(), default=-1) + 1
+        size = max(self._ids.values(), default=-1) + 1
+        if size > MAX_VOCAB_SIZE:
+            raise InputError(f"the tokenizer has an id {size - 1:,}; more than {MAX_VOCAB_SIZE:,} ids are not a vocabulary")
+        return size
 
     @cached_property
     def _ids(self) -> dict[str, int]:
@@ -215,25 +220,16 @@ class Tokenizer:
 
     def encode_batch(self, texts: Sequence[str], *, allow_special: bool = False, add_bos: bool | None = None) -> list[list[int]]:
         """`encode` of each text, in several threads (RAYON_NUM_THREADS bounds them)."""
-        with self._lock:
-            self._backend.encode_special_tokens = not allow_special
-            try:
-                encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)
-            except TypeError as error:
-                raise _not_text(error) from error
-            batch = [encoding.ids for encoding in encodings]
+        with self._backend_for(special=allow_special) as backend:
+            batch = [encoding.ids for encoding in backend.encode_batch_fast(list(texts), add_special_tokens=add_bos is None)]
         if not allow_special:
             batch = [self._without_control(text, ids, post=add_bos is None) for text, ids in zip(texts, batch, strict=True)]
         return [[self._need_bos(), *ids] for ids in batch] if add_bos else batch
 
     def encode_with_offsets(self, text: str, *, allow_special: bool = False) -> tuple[list[int], list[tuple[int, int]]]:
         """The ids of `text`, nothing added, and for each the (start, end) of its characters in `text`."""
-        with self._lock:
-            self._backend.encode_special_tokens = not allow_special
-            try:
-                encoding = self._backend.encode(text, add_special_tokens=False)
-            except TypeError as error:
-                raise _not_text(error) from error
+        with self._backend_for(special=allow_special) as backend:
+            encoding = backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
 
     def encode_piece(self, text: str, *, is_first: bool) -> tuple[list[int], list[tuple[int, int]]]:
@@ -292,12 +288,8 @@ class Tokenizer:
         return self.bos_id
 
     def _encode_one(self, text: str, *, special: bool, post: bool) -> list[int]:
-        with self._lock:
-            self._backend.encode_special_tokens = not special
-            try:
-                ids: list[int] = self._backend.encode(text, add_special_tokens=post).ids
-            except TypeError as error:
-                raise _not_text(error) from error
+        with self._backend_for(special=special) as backend:
+            ids: list[int] = backend.encode(text, add_special_tokens=post).ids
         return ids if special else self._without_control(text, ids, post=post)
 
     @cached_property
@@ -327,10 +319,24 @@ class Tokenizer:
         return [*frame[:num_before], *inner, *frame[num_before:]] if post else inner
 
     def _encode_raw(self, text: str) -> list[int]:
-        with self._lock:
-            self._backend.encode_special_tokens = True
-            ids: list[int] = self._backend.encode(text, add_special_tokens=False).ids
+        with self._backend_for(special=False) as backend:
+            ids: list[int] = backend.encode(text, add_special_tokens=False).ids
         return ids
+
+    @contextlib.contextmanager
+    def _backend_for(self, *, special: bool) -> Iterator[tokenizers.Tokenizer]:
+        """The backend, for one caller at a time, set to see the names of special tokens or not.
+
+        What it raises (bare Exception, or PanicException where Rust gave up) becomes InputError.
+        """
+        with self._lock:
+            self._backend.encode_special_tokens = not special
+            try:
+                yield self._backend
+            except TypeError as error:
+                raise InputError(f"cannot encode: the text holds a lone surrogate or is no text ({error})") from error
+            except BaseException as error:
+                raise backend_error(error, "this tokenizer cannot encode the text") from error
 
     # ids to text
 
@@ -340,7 +346,10 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; unknown ids give nothing."""
-        return self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special)
+        try:
+            return self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special)
+        except BaseException as error:
+            raise backend_error(error, "this tokenizer cannot decode the ids") from error
 
     def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False) -> bytes:
         """The bytes of `ids`, exactly, also where they are not UTF-8. A tokenizer that is not byte-level gives decode's UTF-8."""
@@ -439,8 +448,14 @@ def _unpickle(content: str, bos: str | None, eos: str | None, pad: str | None, t
     return Tokenizer(backend, bos=bos, eos=eos, pad=pad, chat_template=template, model_max_length=length)
 
 
-def _not_text(error: TypeError) -> InputError:
-    return InputError(f"cannot encode: the text holds a lone surrogate or is no text ({error})")
+def backend_error(error: BaseException, what: str) -> BaseException:
+    """An InputError that begins with `what` for what `tokenizers` raises; anything else as it is.
+
+    It raises bare Exception, ValueError, OverflowError, and PanicException, a BaseException, where Rust gave up.
+    """
+    if type(error) in (Exception, ValueError, OverflowError) or type(error).__name__ == "PanicException":
+        return InputError(f"{what}: {error}")
+    return error
 
 
 def _is_special(backend: tokenizers.Tokenizer, token: str) -> bool:
