@@ -573,3 +573,14 @@ def test_no_transformers_and_no_rich_on_the_way_to_a_text(model: Path) -> None:
     done = subprocess.run(command, env=env, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
     assert done.returncode == 0, done.stderr
     assert done.stderr.splitlines()[-1] == b"[]"
+
+
+def test_a_model_that_is_not_there_is_told_before_torch_is_imported() -> None:
+    program = (
+        "import sys; from llmctl.cli.main import run; code = run(sys.argv[1:]); "
+        "print('torch' in sys.modules, file=sys.stderr); sys.exit(code)"
+    )
+    command = [sys.executable, "-c", program, "generate", "-m", "no-such-model", "x"]
+    done = subprocess.run(command, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=120, stdin=subprocess.DEVNULL)
+    assert done.returncode == 10, done.stderr
+    assert done.stderr.splitlines()[-1] == b"False"

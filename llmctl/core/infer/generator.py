@@ -57,13 +57,14 @@ class Generator:
         truncate: Literal["left", "right"] | None = None,
     ) -> "Generator":
         """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError."""
-        from llmctl.core.checkpoint import check_tokenizer, load_model, load_tokenizer, resolve_model
+        from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_model
 
         path = resolve_model(str(model))
         words = load_tokenizer(path if tokenizer is None else tokenizer)
         # torch takes a second and a half to import: what can go wrong without it has gone wrong before
         import torch
 
+        from llmctl.core.checkpoint import load_model
         from llmctl.core.infer.torch_executor import TorchExecutor
         from llmctl.core.model.device import choose_device, dtype_named
 
