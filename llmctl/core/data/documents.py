@@ -5,6 +5,7 @@ work (see encode.py). A text file may be larger than memory, so it comes in piec
 """
 
 import hashlib
+import itertools
 import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -65,10 +66,18 @@ class SplitRule:
 
     def head_bytes(self, text: bytes) -> int:
         """For "tail": where the tail begins, moved back to the start of a character. As `text[:int(n * 0.9)]` for ASCII."""
-        cut = int(len(text) * (1 - self.fraction))
-        while 0 < cut < len(text) and text[cut] & 0xC0 == 0x80:
-            cut -= 1
-        return cut
+        return character_start(text, self.nominal_head(len(text)))
+
+    def nominal_head(self, num_bytes: int) -> int:
+        """For "tail": where the tail of a text of `num_bytes` begins, before a look at its characters."""
+        return int(num_bytes * (1 - self.fraction))
+
+
+def character_start(text: bytes, place: int) -> int:
+    """`place` in UTF-8 text, moved back to the first byte of a character."""
+    while 0 < place < len(text) and text[place] & 0xC0 == 0x80:
+        place -= 1
+    return place
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,25 +199,64 @@ def _text_document(number: int, line: int, offset: int, data: bytes, rules: Read
 
 def _whole_text(opened: OpenSource, number: int, rules: ReadRules) -> Iterator[Piece]:
     """A whole file as one document, in pieces; in two documents where the tail is held out."""
-    if rules.split.kind == "tail":
-        start = opened.offset
-        data = _read_all(opened, rules.max_line_bytes)
-        cut = rules.split.head_bytes(data)
-        line = 1 + data.count(b"\n", 0, cut)
-        yield from _cut_up(iter((data[:cut],)), number, 1, start, rules, is_val=False)
-        yield from _cut_up(iter((data[cut:],)), number, line, start + cut, rules, is_val=True)
-        return
     start = opened.offset
+    if rules.split.kind == "tail":
+        total = opened.num_text_bytes()
+        if total is None:
+            data = _read_all(opened, rules.max_line_bytes)
+            total, blocks = len(data), iter((data,))
+        else:
+            blocks = _blocks(opened)
+        divided = _Divided(blocks, rules.split.nominal_head(total))
+        yield from _cut_up(divided.head(), number, 1, start, rules, is_val=False)
+        line, offset = 1 + divided.num_head_lines, start + divided.num_head_bytes
+        yield from _cut_up(divided.tail(), number, line, offset, rules, is_val=True)
+        return
     head = b""
     while len(head) < SPLIT_HASH_BYTES and (block := opened.read(_READ_BYTES)):
         head += block
+    blocks = itertools.chain((head,), _blocks(opened))
+    yield from _cut_up(blocks, number, 1, start, rules, is_val=rules.split.holds_out(head))
 
-    def blocks() -> Iterator[bytes]:
-        yield head
-        while block := opened.read(_READ_BYTES):
-            yield block
 
-    yield from _cut_up(blocks(), number, 1, start, rules, is_val=rules.split.holds_out(head))
+def _blocks(opened: OpenSource) -> Iterator[bytes]:
+    while block := opened.read(_READ_BYTES):
+        yield block
+
+
+class _Divided:
+    """A text as two streams of blocks, divided at a place that is moved back to the start of a character. Read the head first."""
+
+    def __init__(self, blocks: Iterator[bytes], place: int) -> None:
+        self._blocks = blocks
+        self._place = place
+        self._rest = b""
+        self.num_head_bytes = 0
+        self.num_head_lines = 0
+
+    def head(self) -> Iterator[bytes]:
+        held = b""
+        for block in self._blocks:
+            held += block
+            end = self._place - self.num_head_bytes
+            if end < len(held):
+                end = character_start(held, end)
+                self._rest = held[end:]
+                yield self._counted(held[:end])
+                return
+            end = max(0, len(held) - 4)  # the character at the place may begin this far before it
+            yield self._counted(held[:end])
+            held = held[end:]
+        yield self._counted(held)
+
+    def tail(self) -> Iterator[bytes]:
+        yield self._rest
+        yield from self._blocks
+
+    def _counted(self, block: bytes) -> bytes:
+        self.num_head_bytes += len(block)
+        self.num_head_lines += block.count(b"\n")
+        return block
 
 
 def _read_all(opened: OpenSource, limit: int) -> bytes:
@@ -218,8 +266,8 @@ def _read_all(opened: OpenSource, limit: int) -> bytes:
         held += len(block)
         if held > limit:
             raise InputError(
-                f"{opened.source.name}: more than {_megabytes(limit)}, but holding out the tail of a document needs it whole;"
-                " raise --max-line-bytes, or hold out by document or with --val-data"
+                f"{opened.source.name}: more than {_megabytes(limit)} from a pipe, and to hold out the tail of a text its length must be"
+                " known; give a file, raise --max-line-bytes, or hold out with --val-by hash or --val-data"
             )
     return b"".join(blocks)
 
@@ -251,18 +299,21 @@ def _cut_up(blocks: Iterator[bytes], number: int, line: int, offset: int, rules:
 
 
 def _cannot_cut(held: bytearray, blocks: Iterator[bytes], line: int, limit: int, *, may_cut: bool) -> str:
-    """Why a text of more than `limit` bytes stays in one piece: a line that is too long, or no place to cut."""
-    start = 0
-    while (newline := held.find(b"\n", start)) >= 0 and newline - start <= limit:
-        line, start = line + 1, newline + 1
-    num_bytes = (newline if newline >= 0 else len(held)) - start
-    while newline < 0 and (block := next(blocks, b"")):
-        newline = block.find(b"\n")
-        num_bytes += newline if newline >= 0 else len(block)
-    if num_bytes > limit:
-        return _too_long(f"line {line}", num_bytes, limit)
+    """Why a text of more than `limit` bytes stays in one piece: a line that is too long, or no place to cut. Reads it to its end."""
+    num_bytes = line_bytes = 0
+    for block in itertools.chain((bytes(held),), blocks):
+        *ends, rest = block.split(b"\n")
+        for end in ends:
+            line_bytes += len(end)
+            if line_bytes > limit:
+                return _too_long(f"line {line}", line_bytes, limit)
+            line, line_bytes = line + 1, 0
+        line_bytes += len(rest)
+        num_bytes += len(block)
+    if line_bytes > limit:
+        return _too_long(f"line {line}", line_bytes, limit)
     why = "has no place to cut it" if may_cut else "cannot be cut for this tokenizer"
-    return _too_long(f"a document {why} and", len(held) + sum(len(block) for block in blocks), limit)
+    return _too_long(f"a document {why} and", num_bytes, limit)
 
 
 def last_cut(data: bytes | bytearray, stop: int) -> int | None:

@@ -151,6 +151,18 @@ class OpenSource:
         """Bytes of the file read so far."""
         return self._raw.num_bytes
 
+    def num_text_bytes(self) -> int | None:
+        """Decompressed size without a byte-order mark, before anything was read; None for a pipe.
+
+        A compressed file is read through for it, since gzip's own note of the size is modulo 2^32 and of one member.
+        """
+        if self.source.num_bytes is None:
+            return None
+        if isinstance(self._stream, _Plain):
+            return os.fstat(self._file.fileno()).st_size - self.offset
+        with OpenSource(self.source) as first_pass:
+            return sum(len(block) for block in iter(lambda: first_pass.read(1 << 20), b""))
+
     def read(self, num_bytes: int) -> bytes:
         """The next bytes, b"" at the end."""
         if self._pending:

@@ -1,5 +1,6 @@
 """How a corpus falls into documents and pieces, whatever the blocks that a pipe delivers."""
 
+import gzip
 import io
 import json
 from pathlib import Path
@@ -179,6 +180,26 @@ def test_the_tail_is_nanogpts() -> None:
         assert data[:head].decode() + data[head:].decode() == "國" * n
     pieces = pieces_of(text.encode(), "text", split=rule)
     assert [(p.data.decode(), p.is_val) for p in pieces] == [(text[: int(1237 * 0.9)], False), (text[int(1237 * 0.9) :], True)]
+
+
+@settings(deadline=None, max_examples=60)
+@given(text=st.text(alphabet="ab國é🦊\n", max_size=60), size=st.integers(1, 9), fraction=st.sampled_from([0.1, 0.5, 0.9]))
+def test_the_tail_of_a_file_is_that_of_the_same_text_in_memory(
+    tmp_path_factory: pytest.TempPathFactory, text: str, size: int, fraction: float
+) -> None:
+    folder = tmp_path_factory.mktemp("tail")
+    data = text.encode()
+    (folder / "plain").write_bytes(b"\xef\xbb\xbf" + data)
+    (folder / "packed").write_bytes(gzip.compress(data))
+    rules = ReadRules(split=SplitRule(kind="tail", fraction=fraction), max_line_bytes=1024)
+    wanted = [(p.data, p.is_val, p.line) for p in pieces_of(data, "text", split=rules.split)]
+    assert b"".join(d for d, is_val, _ in wanted if not is_val) == data[: rules.split.head_bytes(data)]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(documents, "_READ_BYTES", size)
+        for name in ("plain", "packed"):
+            path = folder / name
+            pieces = read_pieces(Source(name, path, "text", path.stat().st_size), 0, rules=rules)
+            assert [(p.data, p.is_val, p.line) for p, _ in pieces] == wanted
 
 
 def test_a_file_larger_than_a_piece_comes_in_pieces_without_being_held(tmp_path: Path) -> None:
