@@ -6,87 +6,48 @@ how a model directory is written and read.
 
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import asdict, dataclass, field
-from pathlib import Path
-from typing import Any, Literal
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmctl.core.data.loader import Batch, SampleSource, prefetch
+from llmctl.core.data.loader import Batch, prefetch
 from llmctl.core.errors import Interrupted, LlmctlError, NonFiniteError, WriteError
-from llmctl.core.model import Decoder
-from llmctl.core.runlog import RunFolder
 from llmctl.core.train import state as checkpoints
-from llmctl.core.train.evaluation import HeldOut, Stopped, evaluate
+from llmctl.core.train.evaluation import Stopped, evaluate
 from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Resumed, SampleDrawn, StepDone, Warned
+from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.machine import synchronize
-from llmctl.core.train.objectives import Objective
-from llmctl.core.train.optim import MasterOptimizer, OptimConfig
-from llmctl.core.train.schedule import Schedule, lr_scale
+from llmctl.core.train.optim import MasterOptimizer
+from llmctl.core.train.schedule import lr_scale
 
 _FULL_DISK_PAUSE_S = 5.0
 _POLL_S = 0.2
 
-Stop = Callable[[], int | None]
 
+@dataclass(frozen=True)
+class _Taken:
+    """A step whose loss and gradient norm may still be on their way from the device."""
 
-@dataclass(frozen=True, kw_only=True)
-class LoopConfig:
-    """How often the loop does what. 0 for an interval means "at the end only" (samples: never)."""
-
-    batch_size: int
-    """Samples in an optimizer step, over all micro-batches and ranks."""
-    micro_batch_size: int
-    log_every: int = 10
-    eval_every: int = 0
-    eval_tokens: int = 65_536
-    final_eval_tokens: int = 4_194_304
-    save_every: int = 0
-    sample_every: int = 0
-    keep_last: int = 2
-    nonfinite_skips: int = 0
-    on_full: Literal["fail", "wait"] = "fail"
-
-
-@dataclass(kw_only=True)
-class TrainJob:
-    """Everything a run of the loop needs, live. The run folder is entered and locked by the caller, who also closes it."""
-
-    run: RunFolder
-    model: Decoder
-    source: SampleSource
-    objective: Objective
-    optim: OptimConfig
-    schedule: Schedule
-    loop: LoopConfig
-    compute_dtype: torch.dtype
-    device: torch.device
-    write_model: Callable[[Path, Mapping[str, Tensor]], None]
-    """Writes a model directory from float32 tensors by decoder name: masters of what is trained, the rest as it is."""
-    read_model: Callable[[Path], Mapping[str, Tensor]]
-    """Reads back, by decoder name, at least what is trained."""
-    settings: dict[str, Any]
-    """What shapes the course of the run; a resume with other values is refused unless allowed."""
-    identity: dict[str, Any]
-    """What the run is about (data, tokenizer, architecture); a resume with others is refused."""
-    resume_command: str
-    hidden_matrices: tuple[str, ...] = ()
-    """Names of the parameters for Muon."""
-    held_out: HeldOut | None = None
-    sample: Callable[[Decoder, int], tuple[str, str]] | None = None
-    """Gives (prompt, text) from the model as it is at a step."""
-    resume: checkpoints.Checkpoint | None = None
-    allow_change: tuple[str, ...] = ()
-    flops_per_token: float = 0.0
-    matmul_peak: float = math.inf
-    threads: int = field(default_factory=torch.get_num_threads)
-    master_dtype: torch.dtype = torch.float32
+    step: int
+    loss: Tensor
+    norm: Tensor
+    scale: float
+    num_tokens: int
+    num_positions: int
+    tokens_seen: int
+    skipped: bool
 
 
 class Trainer:
-    """The state of a run between events. `events` is the loop."""
+    """The state of a run between events. `events` is the loop.
+
+    On a CPU each step's loss and gradient norm are looked at before its update. On an accelerator looking means waiting
+    for it, so that is done once a log interval and before anything is saved or evaluated: a run that went wrong in
+    between ends all the same without a trace in any file. Skipping steps (`nonfinite_skips`) needs a look at each.
+    """
 
     def __init__(self, job: TrainJob) -> None:
         self.job = job
@@ -105,6 +66,9 @@ class Trainer:
         self._saved_step: int | None = None
         self._last_loss: float | None = None
         self._last_eval: EvalDone | None = None
+        self._look_every = 1 if job.device.type == "cpu" or job.loop.nonfinite_skips else job.loop.log_every
+        self._taken: list[_Taken] = []
+        self._looked_at = self._started
 
     @property
     def checkpoint_bytes(self) -> int:
@@ -152,6 +116,9 @@ class Trainer:
         except GeneratorExit:
             self._status("interrupted", "the program that reads the events went away")
             raise
+        except KeyboardInterrupt:
+            self._status("interrupted", "interrupted a second time, before its state was saved")
+            raise
         except BaseException as error:
             self._status("failed", f"{type(error).__name__}: {error}")
             raise
@@ -198,18 +165,19 @@ class Trainer:
         with prefetch(job.source, first_index=first, num_rows=loop.batch_size, count=max(0, num_steps - self.step)) as batches:
             while self.step < num_steps:
                 yield from self._stop_if_asked(stop)
-                done = self._one_step(batches, stop)
-                if done is None:
+                if not self._one_step(batches, stop):
                     continue  # a signal came in the middle of the step, which is as if it had not begun
-                yield done
-                if trouble := job.run.metrics.take_trouble():
-                    yield Warned(message=trouble)
                 last = self.step == num_steps
-                if save_requested() or (_due(self.step, loop.save_every) and not last):
+                save = save_requested() or (_due(self.step, loop.save_every) and not last)
+                judge = _due(self.step, loop.eval_every) and not last
+                sample = _due(self.step, loop.sample_every) and not last
+                if save or judge or sample or last or self.step % self._look_every == 0:
+                    yield from self._look()
+                if save:
                     yield from self._save(stop)
-                if _due(self.step, loop.eval_every) and not last:
+                if judge:
                     yield from self._evaluate(stop)
-                if _due(self.step, loop.sample_every) and not last:
+                if sample:
                     yield from self._sample()
         if self._saved_step != self.step:
             yield from self._save(stop)
@@ -232,49 +200,71 @@ class Trainer:
         number = stop()
         if number is None:
             return
+        yield from self._look()
         if self._saved_step != self.step:
             yield from self._save(stop)
         raise Interrupted(f"stopped at step {self.step}, which is saved; go on with: {self.job.resume_command}", signal_number=number)
 
-    def _one_step(self, batches: Iterator[Batch], stop: Stop) -> StepDone | None:
-        job, started = self.job, time.perf_counter()
+    def _one_step(self, batches: Iterator[Batch], stop: Stop) -> bool:
+        """Take a step; False when a signal came before its update."""
+        job = self.job
+        if not self._taken:
+            self._looked_at = time.perf_counter()
         batch = next(batches)
         accumulated = self._accumulate(batch, stop)
         if accumulated is None:
-            return None
-        loss_tensor, num_tokens = accumulated
-        norm = float(self.optimizer.clip())
-        loss = float(loss_tensor)
-        skipped = not (math.isfinite(loss) and math.isfinite(norm))
+            return False
+        loss, num_tokens = accumulated
+        norm = self.optimizer.clip()
         scale = lr_scale(self.step, job.schedule)
+        skipped = self._look_every == 1 and not (math.isfinite(float(loss)) and math.isfinite(float(norm)))
         if skipped:
-            self._allow_skip(loss, norm)
+            self._allow_skip(float(loss), float(norm))
         else:
             self.optimizer.step(lr_scale=scale)
-        first_sample = self.step * job.loop.batch_size
         self.step += 1
         self.tokens_seen += batch.tokens.numel()
-        self._last_loss = loss
-        step_s = time.perf_counter() - started
-        speed = batch.tokens.numel() / step_s
+        self._taken.append(_Taken(self.step, loss, norm, scale, num_tokens, batch.tokens.numel(), self.tokens_seen, skipped))
+        return True
+
+    def _look(self) -> Iterator[Event]:
+        """Wait for the steps taken since the last look; log and yield them. Raises NonFiniteError at the first bad one."""
+        if not self._taken:
+            return
+        taken, self._taken = self._taken, []
+        losses = torch.stack([t.loss for t in taken]).tolist()
+        norms = torch.stack([t.norm for t in taken]).tolist()
+        step_s = (time.perf_counter() - self._looked_at) / len(taken)
+        for one, loss, norm in zip(taken, losses, norms, strict=True):
+            if not one.skipped and not (math.isfinite(loss) and math.isfinite(norm)):
+                self.step = one.step - 1
+                raise self._not_finite(loss, norm)
+            self._last_loss = loss
+            yield self._step_done(one, loss, norm, step_s)
+        if trouble := self.job.run.metrics.take_trouble():
+            yield Warned(message=trouble)
+
+    def _step_done(self, one: _Taken, loss: float, norm: float, step_s: float) -> StepDone:
+        """The event of a step, which is logged too."""
+        job = self.job
+        speed = one.num_positions / step_s
         done = StepDone(
-            step=self.step,
+            step=one.step,
             loss=loss,
-            learning_rate=job.optim.learning_rate * scale,
+            learning_rate=job.optim.learning_rate * one.scale,
             grad_norm=norm,
-            num_tokens=num_tokens,
-            tokens_seen=self.tokens_seen,
-            first_sample=first_sample,
+            num_tokens=one.num_tokens,
+            tokens_seen=one.tokens_seen,
+            first_sample=(one.step - 1) * job.loop.batch_size,
             num_samples=job.loop.batch_size,
-            skipped=skipped,
+            skipped=one.skipped,
             step_s=step_s,
             tokens_per_second=speed,
             peak_share=speed * job.flops_per_token / job.matmul_peak,
             elapsed_s=self.elapsed_s,
-            eta_s=(job.schedule.num_steps - self.step) * self.elapsed_s / self.step,
+            eta_s=(job.schedule.num_steps - one.step) * self.elapsed_s / one.step,
         )
-        line = {k: v for k, v in asdict(done).items() if k != "eta_s"}
-        job.run.metrics.append({"kind": "step", **line})
+        job.run.metrics.append({"kind": "step", **{k: v for k, v in asdict(done).items() if k != "eta_s"}})
         return done
 
     def _accumulate(self, batch: Batch, stop: Stop) -> tuple[Tensor, int] | None:
@@ -299,14 +289,16 @@ class Trainer:
         return loss, int(total_weight)
 
     def _allow_skip(self, loss: float, norm: float) -> None:
+        if self.skipped_steps >= self.job.loop.nonfinite_skips:
+            raise self._not_finite(loss, norm)
+        self.skipped_steps += 1
+
+    def _not_finite(self, loss: float, norm: float) -> NonFiniteError:
+        """The error of step `self.step + 1`."""
         what = f"loss {loss}" if not math.isfinite(loss) else f"gradient norm {norm}"
-        allowed = self.job.loop.nonfinite_skips
-        if self.skipped_steps < allowed:
-            self.skipped_steps += 1
-            return
         kept = f"the last checkpoint is step {self._saved_step}" if self._saved_step is not None else "no checkpoint was saved yet"
-        spent = f" after {self.skipped_steps} skipped steps" if allowed else ""
-        raise NonFiniteError(
+        spent = f" after {self.skipped_steps} skipped steps" if self.skipped_steps else ""
+        return NonFiniteError(
             f"step {self.step + 1}: {what} is not finite{spent}; the last good step is {self.step}, {kept};"
             " lower --learning-rate, look at the data, or allow some by --nonfinite skip:K"
         )
@@ -385,11 +377,6 @@ class Trainer:
 
     def _logged(self, kind: str) -> bool:
         return any(line.get("kind") == kind and line["step"] == self.step for line in self.job.run.metrics.lines())
-
-
-def run_loop(job: TrainJob, *, stop: Stop, save_requested: Callable[[], bool] = lambda: False) -> Iterator[Event]:
-    """Train `job` from where it stands; see Trainer.events."""
-    yield from Trainer(job).events(stop, save_requested)
 
 
 def _due(step: int, every: int) -> bool:

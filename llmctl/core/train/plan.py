@@ -24,7 +24,8 @@ from llmctl.core.runlog import RunFolder
 from llmctl.core.train import machine
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.events import Event, Planned, Warned
-from llmctl.core.train.loop import LoopConfig, Stop, Trainer, TrainJob
+from llmctl.core.train.job import LoopConfig, Stop, TrainJob
+from llmctl.core.train.loop import Trainer
 from llmctl.core.train.optim import OptimConfig
 from llmctl.core.train.schedule import Schedule
 

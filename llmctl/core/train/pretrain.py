@@ -27,7 +27,7 @@ from llmctl.core.tokenizer import Tokenizer
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.evaluation import HeldOut
 from llmctl.core.train.events import Event
-from llmctl.core.train.loop import Stop, TrainJob
+from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.objectives import NextToken
 from llmctl.core.train.plan import (
     Machine,

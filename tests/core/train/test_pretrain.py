@@ -19,9 +19,11 @@ from llmctl.core.data.loader import IGNORE, EvalSource, batch_at
 from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import InputError, Interrupted, LockedError, NonFiniteError, NotFoundError, UsageError, WriteError
 from llmctl.core.files import read_json, sha256_file, write_json, write_manifest
+from llmctl.core.train import plan as planning
 from llmctl.core.train import pretrain as pretraining
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Planned, Resumed, SampleDrawn, StepDone, Warned
+from llmctl.core.train.loop import Trainer
 from tests.tiny_data import make_packed
 
 
@@ -495,3 +497,32 @@ def test_the_state_holds_numbers_only(settings: dict[str, Any]) -> None:
     run({**settings, "max_steps": 1})
     state = checkpoints.open_checkpoint(settings["out_dir"] / "step-00000001").state
     assert json.loads(json.dumps(dataclasses.asdict(state))) == dataclasses.asdict(state)
+
+
+class Deferring(Trainer):
+    """A Trainer that looks at losses as it does on an accelerator."""
+
+    def __init__(self, job: Any) -> None:
+        super().__init__(job)
+        self._look_every = 5
+
+
+def test_looking_at_losses_once_an_interval_changes_nothing_but_the_moment(
+    settings: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    at_once = run({**settings, "out_dir": tmp_path / "at once"})
+    monkeypatch.setattr(planning, "Trainer", Deferring)
+    later = run(settings)
+    order = [(type(e).__name__, getattr(e, "step", None)) for e in at_once]
+    assert [(type(e).__name__, getattr(e, "step", None)) for e in later] == order
+    assert [s.loss for s in of(StepDone, later)] == [s.loss for s in of(StepDone, at_once)]
+    assert fingerprints(settings["out_dir"] / "step-00000012") == fingerprints(tmp_path / "at once" / "step-00000012")
+
+
+def test_a_bad_step_found_later_is_named_and_never_saved(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(planning, "Trainer", Deferring)
+    poison(monkeypatch, micro_batches={2 * 5 + 1})  # the sixth step; the eighth would be saved
+    with pytest.raises(NonFiniteError, match=r"step 6: .* the last good step is 5, the last checkpoint is step 4"):
+        run({**settings, "eval_every": 0})
+    assert [line["step"] for line in metric_lines(settings["out_dir"], "step")] == [1, 2, 3, 4, 5]
+    assert [p.name for p in checkpoints.step_folders(settings["out_dir"])] == ["step-00000004"]

@@ -1,0 +1,74 @@
+"""What the loop is given: a job, live, and how often to do what. Knows the parts of a run; runs nothing."""
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from llmctl.core.data.loader import SampleSource
+from llmctl.core.model import Decoder
+from llmctl.core.runlog import RunFolder
+from llmctl.core.train.evaluation import HeldOut
+from llmctl.core.train.objectives import Objective
+from llmctl.core.train.optim import OptimConfig
+from llmctl.core.train.schedule import Schedule
+from llmctl.core.train.state import Checkpoint
+
+Stop = Callable[[], int | None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoopConfig:
+    """How often the loop does what. 0 for an interval means "at the end only" (samples: never)."""
+
+    batch_size: int
+    """Samples in an optimizer step, over all micro-batches and ranks."""
+    micro_batch_size: int
+    log_every: int = 10
+    eval_every: int = 0
+    eval_tokens: int = 65_536
+    final_eval_tokens: int = 4_194_304
+    save_every: int = 0
+    sample_every: int = 0
+    keep_last: int = 2
+    nonfinite_skips: int = 0
+    on_full: Literal["fail", "wait"] = "fail"
+
+
+@dataclass(kw_only=True)
+class TrainJob:
+    """Everything a run of the loop needs, live. The run folder is entered and locked by the caller, who also closes it."""
+
+    run: RunFolder
+    model: Decoder
+    source: SampleSource
+    objective: Objective
+    optim: OptimConfig
+    schedule: Schedule
+    loop: LoopConfig
+    compute_dtype: torch.dtype
+    device: torch.device
+    write_model: Callable[[Path, Mapping[str, Tensor]], None]
+    """Writes a model directory from float32 tensors by decoder name: masters of what is trained, the rest as it is."""
+    read_model: Callable[[Path], Mapping[str, Tensor]]
+    """Reads back, by decoder name, at least what is trained."""
+    settings: dict[str, Any]
+    """What shapes the course of the run; a resume with other values is refused unless allowed."""
+    identity: dict[str, Any]
+    """What the run is about (data, tokenizer, architecture); a resume with others is refused."""
+    resume_command: str
+    hidden_matrices: tuple[str, ...] = ()
+    """Names of the parameters for Muon."""
+    held_out: HeldOut | None = None
+    sample: Callable[[Decoder, int], tuple[str, str]] | None = None
+    """Gives (prompt, text) from the model as it is at a step."""
+    resume: Checkpoint | None = None
+    allow_change: tuple[str, ...] = ()
+    flops_per_token: float = 0.0
+    matmul_peak: float = math.inf
+    threads: int = field(default_factory=torch.get_num_threads)
+    master_dtype: torch.dtype = torch.float32
