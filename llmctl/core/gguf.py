@@ -107,7 +107,7 @@ class GgufFile:
     def array(self, tensor: GgufTensor) -> "NDArray[Any]":
         """The numbers of a tensor in its shape: float32, or float16 as stored. F32 and F16 are views of the map.
 
-        Raises MissingExtraError when it is quantised and the gguf package is not installed.
+        Raises MissingExtraError when it is quantised in a rarer way and the gguf package is not installed.
         """
         if tensor.kind in ("F32", "F16"):
             dtype = "<f4" if tensor.kind == "F32" else "<f2"
@@ -115,6 +115,8 @@ class GgufFile:
         if tensor.kind == "BF16":
             half = np.frombuffer(self.buffer, dtype="<u2", count=math.prod(tensor.shape), offset=tensor.start)
             return (half.astype(np.uint32) << 16).view(np.float32).reshape(tensor.shape)
+        if tensor.kind in _OWN:
+            return _dequantise(self.raw(tensor), tensor.kind).reshape(tensor.shape)
         try:
             from gguf.constants import GGMLQuantizationType
             from gguf.quants import dequantize
@@ -124,6 +126,36 @@ class GgufFile:
             return np.asarray(dequantize(self.raw(tensor), GGMLQuantizationType[tensor.kind]), dtype=np.float32).reshape(tensor.shape)
         except (NotImplementedError, KeyError) as error:
             raise InputError(f"{self.path}: tensor {tensor.name!r}: weights of type {tensor.kind} cannot be read") from error
+
+
+_OWN = ("Q8_0", "Q4_0", "Q4_1")
+_CHUNK_BLOCKS = 1 << 13
+"""One mebibyte of float32: what is worked on stays in the cache."""
+
+
+def _dequantise(raw: "NDArray[np.uint8]", kind: str) -> "NDArray[np.float32]":
+    """The numbers of the commonest types, which are groups of 32 with a scale, as the gguf package computes them, bit for bit.
+
+    It does so for 16 rows at a time, with Python between: five times as slow.
+    """
+    num_bytes = next(block_bytes for name, _, block_bytes in BLOCKS.values() if name == kind)
+    blocks = raw.reshape(-1, num_bytes)
+    out = np.empty((len(blocks), 32), dtype=np.float32)
+    for start in range(0, len(blocks), _CHUNK_BLOCKS):
+        part, into = blocks[start : start + _CHUNK_BLOCKS], out[start : start + _CHUNK_BLOCKS]
+        scale = part[:, :2].copy().view("<f2").astype(np.float32)  # (n, 1)
+        if kind == "Q8_0":
+            np.multiply(part[:, 2:].view(np.int8), scale, out=into)
+            continue
+        nibbles = part[:, num_bytes - 16 :]
+        into[:, :16] = nibbles & 15
+        into[:, 16:] = nibbles >> 4
+        if kind == "Q4_0":
+            into -= 8
+        into *= scale
+        if kind == "Q4_1":
+            into += part[:, 2:4].copy().view("<f2").astype(np.float32)
+    return out
 
 
 class _Cursor:
