@@ -81,7 +81,7 @@ complete -c llmctl -n '__llmctl_at \'pretrain\'' -l debug -d 'A traceback with e
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -s h -l help -d 'Show this message and exit'
 complete -c llmctl -n '__llmctl_at \'finetune\'' -f
 complete -c llmctl -n '__llmctl_at \'finetune\'' -l model -s m -r -F -d 'Model to start from: a folder, .gguf file, hub id or built-in name'
-complete -c llmctl -n '__llmctl_at \'finetune\'' -l data -r -F -d 'JSONL or JSON file of rows in chat or instruction form, may be .gz; repeatable'
+complete -c llmctl -n '__llmctl_at \'finetune\'' -l data -r -F -d 'JSONL or JSON file of rows in chat or instruction form, may be .gz or .zst; repeatable'
 complete -c llmctl -n '__llmctl_at \'finetune\'' -l val-data -r -F -d 'File of rows to evaluate on; repeatable'
 complete -c llmctl -n '__llmctl_at \'finetune\'' -l val-fraction -x -d 'Part of the rows of --data to hold out for evaluation, chosen by a hash of the row'
 complete -c llmctl -n '__llmctl_at \'finetune\'' -l out-dir -s o -l output-dir -x -a '(__fish_complete_directories)' -d 'Run folder to create: checkpoints, metrics, status'
@@ -144,7 +144,7 @@ complete -c llmctl -n '__llmctl_at \'finetune\'' -l debug -d 'A traceback with e
 complete -c llmctl -n '__llmctl_at \'finetune\'' -s h -l help -d 'Show this message and exit'
 complete -c llmctl -n '__llmctl_at \'generate\'' -f
 complete -c llmctl -n '__llmctl_at \'generate\'' -l prompt -s p -x -d 'The prompt, as a flag'
-complete -c llmctl -n '__llmctl_at \'generate\'' -l prompt-file -s f -r -F -d 'File that holds the prompt, or its beginning'
+complete -c llmctl -n '__llmctl_at \'generate\'' -l prompt-file -s f -r -F -d 'File that holds the prompt, or its beginning; - is stdin'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l system -x -d 'System message of the chat'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l chat -d 'Put the prompt into the model\'s chat template, or take it as it is'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l raw -d 'The opposite of --chat'
