@@ -47,6 +47,8 @@ def with_stored(config: Any, shell: Shell) -> Any:
     if not file.is_file():
         return config
     origins = {**shell.origins, "out_dir": "flag"}
+    if origins.get("model") == "environment LLMCTL_MODEL":
+        origins["model"] = "default"  # the model that generate and eval take anyway says nothing about this run
     given = {name for name, origin in origins.items() if origin != "default"}
     keep = {*RESUME_ONLY, "threads", "device"}
     for group in (_BUDGETS, _SOURCES):

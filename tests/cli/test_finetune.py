@@ -46,7 +46,7 @@ def test_a_run_ends_well_and_is_told_as_json(place: Path) -> None:
     assert [event["event"] for event in events if event["event"] == "StepDone"] == ["StepDone"] * 2
     assert events[-1]["event"] == "Finished"
     assert "train rows" in done.stderr
-    again = llmctl("finetune", "-o", place / "run", "--resume")
+    again = llmctl("finetune", "-o", place / "run", "--resume", LLMCTL_MODEL="/another/model")
     assert again.returncode == 0, again.stderr
 
 

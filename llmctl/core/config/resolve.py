@@ -36,7 +36,7 @@ def resolve(
     """Build `cls` from the layers: flags win over environment, over the file, over defaults.
 
     `command` is "pretrain" or "tokenize pack"; it makes the names LLMCTL_PRETRAIN_<FIELD>. A field named `model` is also
-    read from LLMCTL_MODEL. `flags` holds only what was given. Raises UsageError that names the flag, variable, or file
+    read from LLMCTL_MODEL, except by pretrain. `flags` holds only what was given. Raises UsageError that names the flag, variable, or file
     and key; NotFoundError when the file is missing.
     """
     kinds = types_of(cls)
@@ -116,7 +116,8 @@ def _from_toml(value: Any, kind: FieldType, where: str) -> Any:
 def _read_environment(command: str, cls: type, kinds: Mapping[str, FieldType], environ: Mapping[str, str]) -> list[tuple[str, Any, str]]:
     prefix = f"LLMCTL_{command.replace(' ', '_').replace('-', '_').upper()}_"
     found = []
-    if "model" in kinds and environ.get("LLMCTL_MODEL"):
+    # A standing LLMCTL_MODEL must not turn a pre-training from scratch into one that goes on from that model.
+    if "model" in kinds and command != "pretrain" and environ.get("LLMCTL_MODEL"):
         found.append(("model", parse_text(environ["LLMCTL_MODEL"], kinds["model"], "environment variable LLMCTL_MODEL"), "LLMCTL_MODEL"))
     for variable in sorted(environ):
         if not variable.startswith(prefix):

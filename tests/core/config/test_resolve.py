@@ -104,6 +104,12 @@ def test_llmctl_model_is_read_and_the_commands_own_variable_is_stronger() -> Non
     assert layered({"model": "c"}, {"LLMCTL_MODEL": "a"}).origins["model"] == "flag"
 
 
+def test_pretrain_does_not_start_from_llmctl_model() -> None:
+    resolved = resolve(Settings, command="pretrain", flags={}, config_file=None, environ={"LLMCTL_MODEL": "a"})
+    assert resolved.config.model == Settings().model
+    assert resolve(Settings, command="pretrain", flags={}, config_file=None, environ={"LLMCTL_PRETRAIN_MODEL": "b"}).config.model == "b"
+
+
 def test_another_commands_variables_do_not_matter() -> None:
     assert layered(environ={"LLMCTL_PRETRAIN_MAX_STEPS": "x", "LLMCTL_TEST_DATA": "/data"}).config == Settings()
 
