@@ -5,7 +5,7 @@ other kernels: all of the decoder's attention passes through `attend`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,22 @@ class Pattern:
     same_start: int | None = None
     """The position of the first query when the queries of all rows are consecutive from there on."""
     document_lengths: Sequence[Sequence[int]] | None = None
+    _masks: dict[tuple[int, int, int | None], Tensor] = field(default_factory=dict, repr=False, compare=False)
+
+    def mask(self, num_queries: int, num_keys: int, window: int | None, device: torch.device) -> Tensor:
+        """True where a query may look, (B or 1, 1, T, K); made once for the layers that share a window.
+
+        Padding (position -1) looks at key 0, so that no row is empty.
+        """
+        key = (num_queries, num_keys, window)
+        if key not in self._masks:
+            positions = torch.arange(num_queries)[None] if self.query_positions is None else self.query_positions.clamp(min=0)
+            keys, positions = torch.arange(num_keys), positions[:, None, :, None]
+            mask = keys <= positions
+            if window is not None:
+                mask &= keys > positions - window
+            self._masks[key] = mask.to(device)
+        return self._masks[key]
 
 
 def attend(
@@ -43,24 +59,14 @@ def attend(
     if pattern.query_positions is None or (pattern.same_start == 0 and num_queries == num_keys):
         if not windowed and softcap is None:
             return _sdpa(q, k, v, None, causal=num_queries > 1, scale=scale)
-        mask = _mask(torch.arange(num_queries)[None], num_keys, window, q.device)
+        mask = pattern.mask(num_queries, num_keys, window, q.device)
     elif pattern.same_start is not None and num_queries == 1 and not windowed:
         mask = None
     else:
-        mask = _mask(pattern.query_positions, num_keys, window, q.device)
+        mask = pattern.mask(num_queries, num_keys, window, q.device)
     if softcap is None:
         return _sdpa(q, k, v, mask, causal=False, scale=scale)
     return _explicit(q, k, v, mask, scale=scale, softcap=softcap)
-
-
-def _mask(query_positions: Tensor, num_keys: int, window: int | None, device: torch.device) -> Tensor:
-    """True where a query may look, (B, 1, T, K). Padding (position -1) looks at key 0, so that no row is empty."""
-    positions = query_positions.clamp(min=0)[:, None, :, None]
-    keys = torch.arange(num_keys)
-    mask = keys <= positions
-    if window is not None:
-        mask &= keys > positions - window
-    return mask.to(device)
 
 
 def _attend_documents(
@@ -82,8 +88,9 @@ def _attend_documents(
         flat = x.transpose(1, 2).reshape(1, batch * num_tokens, x.shape[1], size)  # (1, B*T, H, D)
         return torch.split(flat.transpose(1, 2), lengths, dim=2)
 
+    alone = Pattern()
     outputs = [
-        attend(q_doc, k_doc, v_doc, Pattern(), scale=scale, window=window, softcap=softcap)
+        attend(q_doc, k_doc, v_doc, alone, scale=scale, window=window, softcap=softcap)
         for q_doc, k_doc, v_doc in zip(documents(q), documents(k), documents(v), strict=True)
     ]
     joined = torch.cat([out.transpose(1, 2) for out in outputs], dim=1)  # (1, B*T, H, D)
