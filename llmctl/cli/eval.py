@@ -4,6 +4,7 @@ import contextlib
 import dataclasses
 import json
 import math
+import os
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -236,8 +237,8 @@ def results_document(config: EvaluateConfig, ready: "ModelReady", results: "list
     document: dict[str, Any] = {
         "format": "llmctl-eval-results-1",
         "llmctl": __version__,
-        "model": dataclasses.asdict(ready),
-        "settings": settings,
+        "model": plain(dataclasses.asdict(ready)),
+        "settings": plain(settings),
         "results": {},
     }
     for result in results:
@@ -247,20 +248,27 @@ def results_document(config: EvaluateConfig, ready: "ModelReady", results: "list
             metric.name: {"value": metric.value, "stderr": metric.stderr, "higher_is_better": metric.higher_is_better}
             for metric in result.metrics
         }
-        document["results"][name] = plain(facts)
+        document["results"][plain(name)] = plain(facts)
     return document
 
 
 def _setting(value: Any) -> Any:
     if isinstance(value, tuple):
         return [_setting(entry) for entry in value]
-    return str(value) if isinstance(value, Path) else value
+    return readable(value) if isinstance(value, Path) else value
+
+
+def readable(path: Path) -> str:
+    """A path as text; bytes that are no UTF-8 become \\xNN."""
+    return os.fsencode(path).decode("utf-8", "backslashreplace")
 
 
 def plain(value: Any) -> Any:
-    """`value` as JSON can say it: no NaN, no infinity."""
+    """`value` as JSON in UTF-8 can say it: no NaN, no infinity, no half surrogate pairs (which undecodable names hold)."""
     if isinstance(value, dict):
         return {key: plain(entry) for key, entry in value.items()}
     if isinstance(value, list | tuple):
         return [plain(entry) for entry in value]
+    if isinstance(value, str):
+        return value.encode("utf-8", "backslashreplace").decode("utf-8")
     return None if isinstance(value, float) and not math.isfinite(value) else value

@@ -1,6 +1,7 @@
 """`llmctl eval` as a user meets it: output, files, gates, exit codes, kills."""
 
 import json
+import os
 import re
 import signal
 import subprocess
@@ -103,6 +104,30 @@ def test_results_and_items_are_written_whole(llmctl_eval: Place) -> None:
     assert not list(llmctl_eval.folder.glob(".tmp-*"))
 
 
+@pytest.mark.parametrize("name", [b"odd \xff name.txt", b"two\nlines.txt", "狐狸.txt".encode(), b"x" * 251 + b".txt"])
+def test_odd_file_names_reach_the_results(llmctl_eval: Place, name: bytes) -> None:
+    path = llmctl_eval.folder / os.fsdecode(name)
+    path.write_text("a dog and a fox")
+    assert llmctl_eval(path, "--output", llmctl_eval.folder / "r.json") == 0
+    assert len(llmctl_eval.out.splitlines()) == 4
+    (result,) = json.loads((llmctl_eval.folder / "r.json").read_text(encoding="utf-8"))["results"].values()
+    assert result["num_documents"] == 1
+
+
+@pytest.mark.parametrize("width", [1, 40, 200])
+def test_the_table_fits_any_terminal(llmctl_eval: Place, width: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    from llmctl.cli.streams import _Out
+
+    monkeypatch.setattr(_Out, "is_terminal", True)
+    monkeypatch.setenv("COLUMNS", str(width))
+    assert llmctl_eval("--tasks", llmctl_eval.words, llmctl_eval.text, "--num-fewshot", "1") == 0
+    assert "\x1b" not in llmctl_eval.out
+    if width == 200:
+        assert re.search(r"words +acc +0\.\d{4}", llmctl_eval.out)
+        assert "1 examples before each question" in llmctl_eval.out
+        assert "context 64, stride 64" in llmctl_eval.out
+
+
 def test_output_to_stdout_is_the_document_alone(llmctl_eval: Place) -> None:
     assert llmctl_eval(llmctl_eval.text, "--output", "-") == 0
     assert str(llmctl_eval.text) in json.loads(llmctl_eval.out)["results"]
@@ -196,6 +221,11 @@ def test_a_cache_that_cannot_be_written_is_a_warning(llmctl_eval: Place) -> None
     (llmctl_eval.folder / "cache").write_text("a file")
     assert llmctl_eval("--tasks", llmctl_eval.animals) == 0
     assert "warning: finished scores could not be kept" in llmctl_eval.err
+
+
+def test_a_closed_stdin_is_a_usage_error(llmctl_eval: Place, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", None)
+    llmctl_eval.fails(2, "-", match="stdin is closed", model="no-model")
 
 
 def test_quiet_says_nothing_but_results(llmctl_eval: Place) -> None:

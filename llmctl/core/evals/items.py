@@ -167,6 +167,8 @@ class Renderer:
         value = row.fields.get(choices or "")
         if not isinstance(value, list) or len(value) < 2 or not all(isinstance(text, str) for text in value):
             raise InputError(f"{where}: the field {choices!r} must be a list of at least two texts (task {self._task.path})")
+        if any("\ud800" <= character <= "\udfff" for text in value for character in text):
+            raise InputError(f"{where}: half a surrogate pair in {choices!r}; that is not text")
         return value
 
     def _gold(self, text: str, texts: tuple[str, ...], where: str) -> int:
@@ -180,6 +182,10 @@ class Renderer:
 
     def _render(self, key: str, row: Row, where: str) -> str:
         try:
-            return self._templates[key].render(row.fields)[0]
+            text = self._templates[key].render(row.fields)[0]
+            text.encode("utf-8")
         except InputError as error:
             raise InputError(f"{where}: {error}") from error
+        except UnicodeEncodeError as error:
+            raise InputError(f"{where}: half a surrogate pair in {key}; that is not text") from error
+        return text

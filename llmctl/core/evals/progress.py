@@ -91,11 +91,15 @@ class Progress:
                     self._read(path, data)
             # Written anew with what holds, so that damage does not stay; renamed so that a kill leaves the old file.
             temp = own.with_suffix(f".tmp-{os.getpid()}")
-            with open(temp, "wb") as file:
-                file.write(_line({"format": _FORMAT, "data": dict(data)}))
-                for unit, values in self._rows.items():
-                    file.write(_line({"unit": unit, "values": values}))
-            os.replace(temp, own)
+            try:
+                with open(temp, "wb") as file:
+                    file.write(_line({"format": _FORMAT, "data": dict(data)}))
+                    for unit, values in self._rows.items():
+                        file.write(_line({"unit": unit, "values": values}))
+                os.replace(temp, own)
+            except OSError:
+                temp.unlink(missing_ok=True)
+                raise
             for path in left_over:
                 path.unlink()
         self._file = open(own, "ab")  # noqa: SIM115 - lives as long as the job
@@ -157,11 +161,11 @@ class Progress:
 
 
 def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps({**row, "check": _check(row)}, ensure_ascii=False).encode() + b"\n"
+    return json.dumps({**row, "check": _check(row)}).encode() + b"\n"
 
 
 def _check(row: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(row, sort_keys=True, ensure_ascii=False).encode()).hexdigest()[:16]
+    return hashlib.sha256(json.dumps(row, sort_keys=True).encode()).hexdigest()[:16]
 
 
 def _parse(line: bytes) -> dict[str, Any] | None:

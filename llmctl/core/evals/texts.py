@@ -9,7 +9,7 @@ import numpy as np
 from llmctl.core.config.evaluate import EvaluateConfig
 from llmctl.core.data import sources
 from llmctl.core.data.shards import STATE_NAME, TokenDataset
-from llmctl.core.errors import InputError
+from llmctl.core.errors import InputError, UsageError
 from llmctl.core.evals.perplexity import Document
 from llmctl.core.evals.tokens import Prefix
 from llmctl.core.files import MANIFEST_NAME, parse_json
@@ -38,8 +38,10 @@ class Text(Protocol):
 
 
 def open_texts(config: EvaluateConfig, *, stdin: IO[bytes] | None) -> list[Text]:
-    """The texts that `config` names; a folder with a manifest is taken for token shards. Raises NotFoundError."""
+    """The texts that `config` names; a folder with a manifest is taken for token shards. Raises NotFoundError or UsageError."""
     found: list[Text] = []
+    if stdin is None and Path(sources.STDIN) in config.texts:
+        raise UsageError("stdin is closed, but `-` names it as a text; pipe something in or name a file")
     for path in config.texts:
         if path.is_dir() and ((path / MANIFEST_NAME).exists() or (path / STATE_NAME).exists()):
             found.append(ShardText(path, config))

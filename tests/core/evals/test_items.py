@@ -122,6 +122,8 @@ def test_examples_of_their_own_file(tmp_path: Path) -> None:
         ({"q": "x", "options": ["a", "b"], "answer": 2}, "'2' is not an index from 0 to 1"),
         ({"q": "x", "options": ["a", "b"], "answer": -1}, "'-1' is not an index"),
         ({"q": "x", "options": ["a", "b"], "answer": "²"}, "is not an index"),
+        ({"q": "\ud83d", "options": ["a", "b"], "answer": 0}, "half a surrogate pair in context"),
+        ({"q": "x", "options": ["a", "\udc00"], "answer": 0}, "half a surrogate pair in 'options'"),
     ],
 )
 def test_a_wrong_row_is_named_by_file_and_line(row: dict[str, Any], message: str, tmp_path: Path) -> None:

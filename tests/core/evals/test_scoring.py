@@ -6,10 +6,11 @@ from pathlib import Path
 import pytest
 import torch
 
+from llmctl.core.checkpoint import load_model
 from llmctl.core.errors import NonFiniteError
 from llmctl.core.evals.scoring import score_groups, score_sequences
 from llmctl.core.evals.tokens import Group
-from tests.core.evals.tiny import NUM_POSITIONS, load, oracle, write_model
+from tests.core.evals.tiny import NUM_POSITIONS, load, oracle, write_gpt2, write_model
 
 TOLERANCE = 2e-5
 """Nats per token: float32 against float64 on the tiny model."""
@@ -28,7 +29,7 @@ def _reference(folder: Path, group: Group) -> list[tuple[float, bool]]:
     log_probabilities = oracle(folder)
     result = []
     for continuation in group.continuations:
-        rows = log_probabilities(group.context + continuation)[len(group.context) - 1 : -1]
+        rows = log_probabilities(group.context + continuation[:-1])[len(group.context) - 1 :]
         wanted = torch.tensor(continuation)
         result.append((float(rows.gather(1, wanted[:, None]).sum()), bool((rows.argmax(1) == wanted).all())))
     return result
@@ -42,6 +43,14 @@ def test_groups_with_shared_contexts_equal_transformers(model_dir: Path, seed: i
         for score, (log_likelihood, greedy), ids in zip(scores, _reference(model_dir, group), group.continuations, strict=True):
             assert score.log_likelihood == pytest.approx(log_likelihood, abs=TOLERANCE * len(ids))
             assert score.greedy == greedy
+
+
+def test_learned_positions_are_shared_right_too(tmp_path: Path) -> None:
+    folder = write_gpt2(tmp_path)
+    groups = [*_groups(5), Group(tuple(range(60)), (tuple(range(5)), (1, 2)))]
+    for group, scores in zip(groups, score_groups(load_model(folder).model, groups), strict=True):
+        expected = [log_likelihood for log_likelihood, _ in _reference(folder, group)]
+        assert [score.log_likelihood for score in scores] == pytest.approx(expected, abs=TOLERANCE * 9)
 
 
 def test_the_likeliest_continuation_is_greedy(model_dir: Path) -> None:

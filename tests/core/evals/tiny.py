@@ -17,6 +17,23 @@ NUM_POSITIONS = 64
 SENTENCES = ("the cat sat on the mat", "a dog", "rain fell all night and in the morning the river was high", "où?", "狐狸和国王")
 
 
+def write_gpt2(folder: Path) -> Path:
+    """A GPT-2 of two layers and 64 learned positions, without a tokenizer."""
+    torch.manual_seed(2)
+    config = transformers.GPT2Config(
+        vocab_size=260,
+        n_embd=32,
+        n_layer=2,
+        n_head=4,
+        n_positions=NUM_POSITIONS,
+        initializer_range=0.25,
+        bos_token_id=None,
+        eos_token_id=None,
+    )
+    transformers.GPT2LMHeadModel(config).save_pretrained(folder)
+    return folder
+
+
 def write_model(folder: Path, *, seed: int = 0, poison: bool = False) -> Path:
     """A Llama of two layers and 64 positions; `poison` puts a NaN into its weights."""
     torch.manual_seed(seed)
@@ -61,7 +78,7 @@ def oracle(folder: Path) -> Any:
 
 def write_rows(path: Path, rows: Sequence[dict[str, Any]]) -> Path:
     """JSON lines."""
-    path.write_text("".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows), encoding="utf-8")
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
 
 
