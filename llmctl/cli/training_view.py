@@ -8,7 +8,19 @@ from typing import Any
 
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
-from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Planned, Resumed, RowsRead, SampleDrawn, StepDone, Warned
+from llmctl.core.train.events import (
+    CheckpointSaved,
+    EvalDone,
+    Event,
+    Finished,
+    Planned,
+    Resumed,
+    RowsRead,
+    RowsReading,
+    SampleDrawn,
+    StepDone,
+    Warned,
+)
 
 
 def draw(events: Iterable[Event], shell: Shell, *, log_every: int) -> None:
@@ -169,6 +181,8 @@ class _LiveView:
                 f"loss {event.loss:.4f}   lr {event.learning_rate:.2e}   grad {event.grad_norm:.2f}   {event.tokens_per_second:,.0f} tok/s"
                 f"   {event.peak_share:.0%} of peak   {duration(event.elapsed_s)} gone, {duration(event.eta_s)} to go"
             )
+        elif isinstance(event, RowsReading):
+            self._numbers = f"reading rows: {event.num_rows:,}"
         elif isinstance(event, Resumed):
             self._bar.update(self._task, completed=event.step)
         if isinstance(event, EvalDone):

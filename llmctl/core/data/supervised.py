@@ -7,7 +7,7 @@ concatenation: the prompt's ids as `generate --raw` makes them, the completion's
 
 import array
 import hashlib
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -30,6 +30,7 @@ _TEMPLATE_TRIALS = 10
 """So many first examples that the template refuses, and none that it takes, say that the template is wrong, not the rows."""
 
 _POLL_EVERY_ROWS = 64
+_TELL_EVERY_ROWS = 1024
 
 CHATML_TEMPLATE = (
     "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
@@ -173,8 +174,8 @@ def load_examples(
     skip_bad: bool,
     held_out_fraction: float = 0.0,
     stop: Callable[[], int | None] = lambda: None,
-) -> Loaded:
-    """Read, check and encode every row of `files`, in order.
+) -> Generator[int, None, Loaded]:
+    """Read, check and encode every row of `files`, in order; yields the number of rows read now and then, returns them all.
 
     An example is held out when the hash of its text falls below `held_out_fraction`, so equal examples stay together and
     a file that grows moves none. Raises InputError naming the row and the rule for a bad row (unless `skip_bad`), and when
@@ -191,6 +192,8 @@ def load_examples(
             num_rows += 1
             if num_rows % _POLL_EVERY_ROWS == 0 and (number := stop()) is not None:
                 raise Interrupted("stopped while reading the rows; nothing was written", signal_number=number)
+            if num_rows % _TELL_EVERY_ROWS == 0:
+                yield num_rows
             problem = row if isinstance(row, BadRow) else None
             if not isinstance(row, BadRow):
                 try:

@@ -39,6 +39,13 @@ class Planned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class RowsReading:
+    """Supervised rows are being read; so many were until now."""
+
+    num_rows: int
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowsRead:
     """Supervised rows are read, checked and packed; one event for the training rows, one for held-out ones."""
 
@@ -143,4 +150,4 @@ class Finished:
     path: str
 
 
-Event = Planned | RowsRead | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Warned | Finished
+Event = Planned | RowsReading | RowsRead | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Warned | Finished

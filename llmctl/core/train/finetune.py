@@ -4,10 +4,10 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, cast
+from typing import cast
 
 import torch
 from torch import Tensor
@@ -37,7 +37,7 @@ from llmctl.core.runlog import RunFolder
 from llmctl.core.tokenizer import Tokenizer
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.evaluation import HeldOut
-from llmctl.core.train.events import Event, RowsRead, Warned
+from llmctl.core.train.events import Event, RowsRead, RowsReading, Warned
 from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.objectives import NextToken
 from llmctl.core.train.plan import (
@@ -121,11 +121,13 @@ class _Finetune:
         templated = base.has_template if config.chat is None else config.chat
         encoder = ExampleEncoder(plain=base.plain, chat=base.chat, templated=templated, mask_prompt=config.mask_prompt)
         skip_bad = config.on_error == "skip"
-        train = load_examples(config.data, encoder, skip_bad=skip_bad, held_out_fraction=config.val_fraction, stop=stop)
+        train = yield from _telling(
+            load_examples(config.data, encoder, skip_bad=skip_bad, held_out_fraction=config.val_fraction, stop=stop)
+        )
         self.bad_rows += train.bad_rows
         held_out = train.held_out
         if config.val_data:
-            val = load_examples(config.val_data, encoder, skip_bad=skip_bad, stop=stop)
+            val = yield from _telling(load_examples(config.val_data, encoder, skip_bad=skip_bad, stop=stop))
             self.bad_rows += val.bad_rows
             held_out = val.train
         if not len(train.train.rows) or (config.val_fraction and not len(held_out.rows)):
@@ -158,7 +160,10 @@ class _Finetune:
         if last is not None and last not in base.chat.special_ids and self._config.mask_prompt:
             yield Warned(message="the chat template puts no special token after an answer, so the model will not learn where to stop")
 
-    def _pack(self, examples: EncodedExamples, split: str, seq_len: int, num_rows: int, num_bad: int) -> Any:
+    def _pack(
+        self, examples: EncodedExamples, split: str, seq_len: int, num_rows: int, num_bad: int
+    ) -> Generator[Event, None, tuple[PackedSource, Fitted]]:
+        """Fit examples to the length and pack them; tells what became of them."""
         config = self._config
         fitted = fit_examples(examples, seq_len=seq_len, too_long=cast(TooLong, config.too_long), drop_empty=config.drop_empty)
         source = PackedSource(
@@ -262,6 +267,15 @@ class _Finetune:
             return None
         token_bytes = torch.from_numpy(self._base.plain.token_bytes()).long()
         return HeldOut(self._held_out, self.prepared.sizes.micro_batch_size, token_bytes)
+
+
+def _telling(loading: Generator[int, None, Loaded]) -> Generator[Event, None, Loaded]:
+    """Turns the counts that loading yields into events."""
+    while True:
+        try:
+            yield RowsReading(num_rows=next(loading))
+        except StopIteration as done:
+            return cast(Loaded, done.value)
 
 
 def _open_base(config: FinetuneConfig) -> _Base:

@@ -16,16 +16,33 @@ from llmctl.core.data.supervised import (
     PLAIN_TEMPLATE,
     EncodedExamples,
     ExampleEncoder,
+    Loaded,
     default_chat_template,
     default_seq_len,
     fit_examples,
-    load_examples,
     with_template,
 )
+from llmctl.core.data.supervised import load_examples as loading
 from llmctl.core.errors import InputError, Interrupted
 from llmctl.core.tokenizer import Tokenizer
 from tests.core.data.chat_tokenizers import CHATML_TOKENS, byte_tokenizer, reference_tokenizer
 from tests.core.data.test_chat import chat, write_jsonl
+
+
+def load_examples(*arguments: Any, **options: Any) -> Loaded:
+    """What loading returns in the end."""
+    return drained(loading(*arguments, **options))[1]
+
+
+def drained(generator: Any) -> tuple[list[int], Loaded]:
+    """(what it yields, what it returns)."""
+    told = []
+    while True:
+        try:
+            told.append(next(generator))
+        except StopIteration as done:
+            return told, done.value
+
 
 CHATS = [
     [("user", "Hi"), ("assistant", "Hello there")],
@@ -194,6 +211,13 @@ def test_reading_stops_at_a_signal(tmp_path: Path) -> None:
     with pytest.raises(Interrupted) as caught:
         load(tmp_path, pairs(200), stop=lambda: signal.SIGTERM)
     assert caught.value.exit_code == 143
+
+
+def test_reading_tells_how_far_it_is(tmp_path: Path) -> None:
+    path = write_jsonl(tmp_path / "rows.jsonl", pairs(2100))
+    told, loaded = drained(loading([path], encoder_of(byte_tokenizer()), skip_bad=False))
+    assert told == [1024, 2048]
+    assert loaded.num_rows == 2100
 
 
 def one(prompt: str, completion: str) -> dict[str, str]:
