@@ -25,7 +25,7 @@ _UTF16_MARKS = (b"\xff\xfe", b"\xfe\xff")
 class Line:
     """A line without its newline. `offset` is where it starts in its file, in bytes; `ended` whether a newline follows.
 
-    `error` says why there is no data.
+    `error` says what is wrong where there is no data: "is too long".
     """
 
     file: str
@@ -159,7 +159,7 @@ def filter_lines(
                 ends.append(b"\n" if line.ended else b"")
             except BadLine as error:
                 num_bad += 1
-                failure = f"{line.where}: {error}"
+                failure = f"{line.where}{' ' if line.error else ': '}{error}"
                 if not skip_errors:
                     break
                 shell.warn(f"{failure}; left out")

@@ -267,7 +267,9 @@ class _Corpus:
 
     def _fail(self, error: "RecordError") -> None:
         self.num_errors += 1
-        text = f"{self._sources[error.source].name}: line {error.line}: {error.reason}"
+        where = f"line {error.line}"
+        reason = error.reason if error.reason.startswith(where) else f"{where}: {error.reason}"
+        text = f"{self._sources[error.source].name}: {reason}"
         if self._config.on_error == "stop":
             raise InputError(f"{text}; mend it, or leave it out with --on-error skip")
         self._shell.warn(f"{text}; left out")

@@ -175,9 +175,14 @@ def test_decoded_text_as_json(folder: Path) -> None:
 def test_a_line_beyond_the_limit_is_named_and_not_held(folder: Path) -> None:
     data = b"a\nb\n" + b"x" * 3_000_000 + b"\nc\n"
     done = tokenize("encode", "--tokenizer", folder, "--max-line-bytes", 1_000_000, input=data)
-    assert_one_error(done, 4, "line 3 is 3 MB, the limit is 1 MB (--max-line-bytes)".replace("line 3 is", "line 3: is"))
+    assert_one_error(done, 4, "stdin: line 3 is 3 MB, the limit is 1 MB (--max-line-bytes)")
     skipped = tokenize("encode", "--tokenizer", folder, "--max-line-bytes", 1_000_000, "--on-error", "skip", input=data)
     assert (skipped.returncode, skipped.stdout.count(b"\n")) == (3, 3)
+    assert_one_error(
+        tokenize("count", "--tokenizer", folder, "--format", "lines", "--max-line-bytes", 1_000_000, input=data),
+        4,
+        "error: stdin: line 3 is 3 MB, the limit is 1 MB (--max-line-bytes)",
+    )
 
 
 def test_what_is_missing_or_closed(folder: Path, tmp_path: Path) -> None:
@@ -226,6 +231,16 @@ def test_a_tokenizer_needs_neither_torch_nor_transformers(folder: Path) -> None:
     command = [sys.executable, "-c", program, "tokenize", "encode", "--tokenizer", str(folder)]
     done = subprocess.run(command, input=b"x\n", env=environment(), capture_output=True, check=True)
     assert done.stderr == b"[]\n"
+
+
+def test_odd_file_names(folder: Path, tmp_path: Path) -> None:
+    name = os.fsencode(tmp_path) + b"/-caf\xe9 \n" + b"x" * 200
+    with open(name, "wb") as file:
+        file.write(b"king\nbad \xff\n")
+    for command in ("encode", "count"):
+        arguments = [*(os.fsencode(part) for part in LLMCTL), command.encode(), b"--tokenizer", os.fsencode(folder), name]
+        done = subprocess.run(arguments, env=environment(), capture_output=True, check=False)
+        assert_one_error(done, 4, "-caf\\xe9", "line 2")
 
 
 # count
@@ -355,6 +370,19 @@ def test_wrong_training_creates_nothing(corpus: Path, tmp_path: Path) -> None:
     ]:
         assert_one_error(tokenize("train", *arguments), code, *parts)
         assert sorted(tmp_path.iterdir()) == before, arguments
+
+
+def test_training_stops_at_once_at_a_signal(tmp_path: Path) -> None:
+    draw = random.Random(3)
+    (tmp_path / "long.txt").write_text("".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(2_000_000)))
+    command = [*LLMCTL, "train", str(tmp_path / "long.txt"), "-o", str(tmp_path / "t"), "--vocab-size", "60000", "--verbose"]
+    process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
+    assert process.stderr is not None
+    assert b"learning from" in process.stderr.readline()  # now in the trainer, which knows no signals
+    process.send_signal(signal.SIGINT)
+    assert b"interrupted" in process.stderr.read()
+    assert process.wait(timeout=60) in (-signal.SIGINT, 128 + signal.SIGINT)
+    assert not (tmp_path / "t").exists()
 
 
 def test_lines_that_cannot_be_read_can_be_left_out_of_training(tmp_path: Path) -> None:

@@ -38,7 +38,7 @@ class TrainConfig:
     on_error: str = option_like(PackConfig, "on_error")
     max_line_bytes: int = option_like(PackConfig, "max_line_bytes")
     sample_bytes: int = option(
-        64 << 20, "Learn from a random sample of so many bytes where there is more; this bounds the memory.", minimum=1, panel=_CORPUS
+        32 << 20, "Learn from a random sample of so many bytes where there is more; this bounds the memory.", minimum=1, panel=_CORPUS
     )
     seed: int = option(0, "Seed of the sample.", minimum=0, panel=_CORPUS)
     threads: int | None = option(None, "Threads to use; the result is the same for any number. [default: all cores]", minimum=1)

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
+import tokenizers.models
 
 from llmctl.core.errors import InputError
 from llmctl.core.tokenizer.byte_level import byte_to_char, token_to_bytes
@@ -277,10 +278,11 @@ class Tokenizer:
     @cached_property
     def _unknown_id(self) -> int | None:
         """The id that the model itself gives for what it does not know."""
-        state = json.loads(self._backend.model.__getstate__())
-        if isinstance(state.get("unk_id"), int):
-            return int(state["unk_id"])
-        return self.token_id(state.get("unk_token"))
+        model = self._backend.model
+        if isinstance(model, tokenizers.models.Unigram):
+            unknown = json.loads(model.__getstate__()).get("unk_id")
+            return unknown if isinstance(unknown, int) else None
+        return self.token_id(model.unk_token)
 
     def _need_bos(self) -> int:
         if self.bos_id is None:
@@ -298,12 +300,12 @@ class Tokenizer:
 
         BPE gets nowhere without merges that build the name; a model that looks up whole words does.
         """
-        model = json.loads(self._backend.model.__getstate__())
-        return model.get("type") != "BPE" or bool(model.get("ignore_merges"))
+        model = self._backend.model
+        return not isinstance(model, tokenizers.models.BPE) or bool(model.ignore_merges)
 
     def _without_control(self, text: str, ids: list[int], *, post: bool) -> list[int]:
         """`ids`, or ids of the same text cut inside each control token's name when the model found one by itself."""
-        if not self.special_pattern.search(text) or not self._reaches_control:
+        if not self._reaches_control or not self.special_pattern.search(text):
             return ids
         plain = self.special_ids - {self._unknown_id}
         core = self._encode_raw(text)

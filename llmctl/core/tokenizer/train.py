@@ -77,7 +77,7 @@ def train_tokenizer(
     special_tokens: Sequence[str] = (),
     chat: bool = False,
     chat_template: str | None = None,
-    sample_bytes: int = 64 << 20,
+    sample_bytes: int = 32 << 20,
     min_frequency: int = 2,
     seed: int = 0,
 ) -> Iterator[CorpusRead | TokenizerTrained]:
@@ -85,8 +85,10 @@ def train_tokenizer(
 
     `model` is "bpe" or "word" (whole words, and bytes for all others); `pattern` is the pre-tokenisation, "llama3" or
     "gpt2". `vocab_size` counts the 256 bytes and the special tokens: `<|endoftext|>` (bos, eos and pad), with `chat`
-    those of ChatML, then `special_tokens`. `sample_bytes` bounds the memory. The result does not depend on the number
-    of threads. Raises UsageError for a vocabulary too small, InputError for an empty corpus.
+    those of ChatML, then `special_tokens`. `sample_bytes` bounds the memory, which is 40 times as much for Chinese, less
+    for text with spaces. The result does not depend on the number of threads.
+
+    Raises UsageError for a vocabulary too small, InputError for an empty corpus.
     """
     specials = _special_tokens(special_tokens, chat=chat)
     if vocab_size < SMALLEST_VOCAB + len(specials):
