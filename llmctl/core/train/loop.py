@@ -25,6 +25,8 @@ from llmctl.core.train.schedule import lr_scale
 
 _FULL_DISK_PAUSE_S = 5.0
 _POLL_S = 0.2
+_SMALL_FILES_BYTES = 64 << 10
+"""Configs and manifest of a checkpoint; its tokenizer may take more, and a disk as full as that is met when writing."""
 
 
 @dataclass(frozen=True)
@@ -76,7 +78,7 @@ class Trainer:
         tensors = [*self.optimizer.masters.values(), *self.optimizer.state_tensors().values()]
         trained = set(self.optimizer.masters)
         frozen = [p for n, p in self.job.model.named_parameters() if n not in trained]
-        return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + (4 << 20)
+        return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + _SMALL_FILES_BYTES
 
     @property
     def elapsed_s(self) -> float:

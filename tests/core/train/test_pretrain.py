@@ -363,7 +363,7 @@ def test_losing_the_log_stops_nothing_and_is_said_once(settings: dict[str, Any])
 
 def test_room_for_checkpoints_is_looked_at_before_the_first_step(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     usage = shutil.disk_usage(settings["data"])
-    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=5_300_000))
+    monkeypatch.setattr(shutil, "disk_usage", lambda _path: usage._replace(free=1_300_000))
     events = run(settings)
     planned, warned = (next(i for i, e in enumerate(events) if isinstance(e, kind)) for kind in (Planned, Warned))
     assert planned < warned < next(i for i, e in enumerate(events) if isinstance(e, StepDone))
