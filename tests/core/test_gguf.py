@@ -460,6 +460,9 @@ def test_a_bad_tokenizer_is_named(change: dict[str, Any], message: str) -> None:
 # the real thing
 
 
+REPOSITORY = Path(__file__).parents[2]
+
+
 @pytest.fixture(scope="module")
 def smollm2() -> Path:
     path = os.environ.get("LLMCTL_TEST_SMOLLM2")
@@ -470,10 +473,7 @@ def smollm2() -> Path:
 
 @pytest.fixture(scope="module")
 def golden() -> dict[str, Any]:
-    folder = os.environ.get("LLMCTL_TEST_DATA")
-    if not folder:
-        pytest.skip("LLMCTL_TEST_DATA is not set")
-    return json.loads((Path(folder) / "golden_smollm2.json").read_text())
+    return json.loads((REPOSITORY / "tests" / "data" / "golden_smollm2.json").read_text())  # type: ignore[no-any-return]
 
 
 def test_smollm2_gives_the_ids_and_the_loss_of_transformers(smollm2: Path, golden: dict[str, Any]) -> None:
@@ -488,7 +488,7 @@ def test_smollm2_gives_the_ids_and_the_loss_of_transformers(smollm2: Path, golde
             ids.append(int(new))
         assert ids == golden["greedy"]["ids"]
         loss = golden["loss"]
-        content = (Path(os.environ["LLMCTL_TEST_DATA"]) / loss["file"]).read_bytes().decode()[: loss["chars"]]
+        content = (REPOSITORY / "examples" / Path(loss["file"]).name).read_bytes().decode()[: loss["chars"]]
         tokens = torch.tensor([tokenizer.encode(content)[: loss["tokens"]]])
         found = torch.nn.functional.cross_entropy(loaded.model(tokens)[0, :-1], tokens[0, 1:])
     assert float(found) == pytest.approx(loss["mean_nll"], abs=1e-4)

@@ -3,6 +3,7 @@
 Needs LLMCTL_TEST_SMOLLM2 (its Q4_1 .gguf, or a directory made of it) and LLMCTL_TEST_DATA (which holds eval/ and corpora/).
 """
 
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -25,12 +26,11 @@ pytestmark = [
     pytest.mark.skipif(MODEL is None or DATA is None, reason="LLMCTL_TEST_SMOLLM2 or LLMCTL_TEST_DATA is not set"),
 ]
 
+GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "golden_smollm2.json").read_text())["eval_first100_lm_eval_formula_no_bos"]
 FIRST_100 = {
-    "hellaswag": {"acc": 0.42, "acc_norm": 0.45},
-    "piqa": {"acc": 0.65, "acc_norm": 0.69},
-    "lambada_openai": {"acc": 0.3, "perplexity": 62.224},
+    task: {k: v for k, v in GOLDEN[task].items() if k in ("acc", "acc_norm", "perplexity")} for task in ("hellaswag", "piqa", "lambada_openai")
 }
-FIRST_HELLASWAG = [(-39.93, -31.426, -22.907, -31.27), (-28.677, -14.961, -20.077, -25.693), (-43.635, -49.485, -26.173, -105.879)]
+FIRST_HELLASWAG = GOLDEN["hellaswag"]["first3_loglikelihoods"]
 
 
 @pytest.mark.parametrize("task", FIRST_100)
