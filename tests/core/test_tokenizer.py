@@ -176,6 +176,14 @@ def test_names_of_special_tokens_are_text_even_where_the_model_knows_them_as_wor
                 assert tokenizer.token_id(name) in tokenizer.encode(f"a {name} b", allow_special=True)
 
 
+def test_merges_that_build_a_control_token_do_not_give_it() -> None:
+    vocab = {"<": 0, "s": 1, ">": 2, "s>": 3, "<s>": 4, "a": 5}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("s", ">"), ("<", "s>")]))
+    tokenizer = Tokenizer.from_parts(backend, bos="<s>", eos=None, pad=None)
+    assert tokenizer.encode("a<s>a") == [5, 0, 3, 5]
+    assert tokenizer.encode("a<s>a", allow_special=True) == [5, 4, 5]
+
+
 def test_special_names_are_counted() -> None:
     tokenizer = trained()
     assert tokenizer.count_special("a<|im_end|><|im_end|> <|endoftext|> <|im_end") == 3

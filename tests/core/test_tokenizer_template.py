@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 
 from llmctl.core.errors import InputError
-from llmctl.core.tokenizer import template
+from llmctl.core.tokenizer import meter
 from llmctl.core.tokenizer.template import ChatTemplate
 
 MESSAGES = [{"role": "user", "content": "Hi <b>&\n  there", "tools": [{"name": "f", "args": {"x": [1, 2.5, None, True]}}]}]
@@ -86,7 +86,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("name", HOSTILE)
 def test_a_hostile_template_is_an_input_error_within_its_limits(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "MAX_SECONDS", 0.3)
+    monkeypatch.setattr(meter, "MAX_SECONDS", 0.3)
     with pytest.raises(InputError, match="chat template") as caught:
         ChatTemplate(HOSTILE[name]).render({"messages": MESSAGES})
     assert "\n" not in str(caught.value)

@@ -13,7 +13,8 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from llmctl.core.errors import InputError, NotFoundError
 from llmctl.core.files import read_json, write_json, write_text
-from llmctl.core.tokenizer.tokenizer import Tokenizer, backend_error
+from llmctl.core.tokenizer.parts import backend_error
+from llmctl.core.tokenizer.tokenizer import Tokenizer
 
 _MAX_TOKENIZER_BYTES = 256 << 20
 _MAX_TEMPLATE_BYTES = 1 << 20

@@ -5,7 +5,6 @@ not end a document.
 """
 
 import contextlib
-import hashlib
 import json
 import re
 import threading
@@ -16,17 +15,26 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import tokenizers
-import tokenizers.models
 
 from llmctl.core.errors import InputError
 from llmctl.core.tokenizer.byte_level import byte_to_char, token_to_bytes
+from llmctl.core.tokenizer.parts import (
+    backend_error,
+    fingerprint_of,
+    is_special,
+    looks_up_words,
+    measured_bytes,
+    parts_of,
+    state_of,
+    types_in,
+    unknown_id,
+)
 from llmctl.core.tokenizer.stream import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer.chat import ChatEncoder
 
 MAX_VOCAB_SIZE = 1 << 24
-_BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
 class Tokenizer:
@@ -51,7 +59,7 @@ class Tokenizer:
         for token in named:
             if backend.token_to_id(token) is None:
                 raise InputError(f"the tokenizer has no token {token!r}, but its config names it as bos, eos or pad")
-        missing = [t for t in dict.fromkeys(named) if not _is_special(backend, t)]
+        missing = [t for t in dict.fromkeys(named) if not is_special(backend, t)]
         if missing:  # transformers marks them too, so that decoding can skip them
             backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in missing])
         backend.encode_special_tokens = True
@@ -170,7 +178,7 @@ class Tokenizer:
     @cached_property
     def is_byte_level(self) -> bool:
         """Whether every ordinary id stands for a fixed run of bytes (the GPT-2 alphabet)."""
-        return "ByteLevel" in _types_in(_state(self._backend.decoder))
+        return "ByteLevel" in types_in(state_of(self._backend.decoder))
 
     @cached_property
     def missing_bytes(self) -> bytes:
@@ -187,7 +195,7 @@ class Tokenizer:
     @cached_property
     def is_lossless(self) -> bool:
         """Whether decode(encode(text)) is `text` for every text: byte-level, byte-complete, and nothing rewritten before."""
-        prefix = any(part.get("add_prefix_space") for part in _parts(_state(self._backend.pre_tokenizer)))
+        prefix = any(part.get("add_prefix_space") for part in parts_of(state_of(self._backend.pre_tokenizer)))
         return self.is_byte_level and self.is_byte_complete and self._backend.normalizer is None and not prefix
 
     @cached_property
@@ -196,16 +204,7 @@ class Tokenizer:
 
         The chat template and the padding token do not count: they change no id of a text.
         """
-        content = json.loads(self._backend.to_str())
-        for key in ("truncation", "padding", "version"):
-            content.pop(key, None)
-        model = content["model"]
-        if "merges" in model:  # written "a b" by older versions of tokenizers
-            model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
-        vocab, merges = model.pop("vocab", None), model.pop("merges", None)  # long, and without nulls
-        content = {**_without_null(content), "vocab": vocab, "merges": merges, "bos": self.bos_token, "eos": self.eos_token}
-        text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-        return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+        return fingerprint_of(self._backend, bos=self.bos_token, eos=self.eos_token)
 
     # text to ids
 
@@ -245,12 +244,12 @@ class Tokenizer:
     @cached_property
     def _continuation(self) -> "Tokenizer":
         """This tokenizer without the space that SentencePiece puts before the first word of a text, and only there."""
-        state = _state(self._backend.pre_tokenizer)
-        first = [part for part in _parts(state) if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"]
+        state = state_of(self._backend.pre_tokenizer)
+        first = [part for part in parts_of(state) if part.get("type") == "Metaspace" and part.get("prepend_scheme") == "first"]
         if not first:
             return self
         content = json.loads(self._backend.to_str())
-        for part in _parts(content["pre_tokenizer"]):
+        for part in parts_of(content["pre_tokenizer"]):
             if part.get("type") == "Metaspace":
                 part["prepend_scheme"] = "never"
         return _unpickle(json.dumps(content), self.bos_token, self.eos_token, self.pad_token, None, None)
@@ -278,11 +277,7 @@ class Tokenizer:
     @cached_property
     def _unknown_id(self) -> int | None:
         """The id that the model itself gives for what it does not know."""
-        model = self._backend.model
-        if isinstance(model, tokenizers.models.Unigram):
-            unknown = json.loads(model.__getstate__()).get("unk_id")
-            return unknown if isinstance(unknown, int) else None
-        return self.token_id(model.unk_token)
+        return unknown_id(self._backend)
 
     def _need_bos(self) -> int:
         if self.bos_id is None:
@@ -296,12 +291,10 @@ class Tokenizer:
 
     @cached_property
     def _reaches_control(self) -> bool:
-        """Whether the model, with added tokens left out of account, can still give a control id.
-
-        BPE gets nowhere without merges that build the name; a model that looks up whole words does.
-        """
-        model = self._backend.model
-        return not isinstance(model, tokenizers.models.BPE) or bool(model.ignore_merges)
+        """Whether the model, with added tokens left out of account, can still give a control id."""
+        if looks_up_words(self._backend):
+            return True
+        return any(token_id in self._encode_raw(name) for name, token_id in self.special_tokens.items())
 
     def _without_control(self, text: str, ids: list[int], *, post: bool) -> list[int]:
         """`ids`, or ids of the same text cut inside each control token's name when the model found one by itself."""
@@ -382,15 +375,8 @@ class Tokenizer:
             for token_id, token in ordinary.items():
                 lengths[token_id] = len(token_to_bytes(token))
             return lengths
-        # The first token of a text may be decoded differently (a space stripped), so each id is measured after another.
-        anchor = next((i for i, token in sorted(ordinary.items()) if self.decode([i]).isalpha()), None)
-        before = [] if anchor is None else [anchor]
-        num_before = len(self.decode(before).encode("utf-8"))
-        order = sorted(ordinary)
-        texts = self._backend.decode_batch([[*before, i] for i in order], skip_special_tokens=False)
-        for token_id, text in zip(order, texts, strict=True):
-            byte = _BYTE_TOKEN.fullmatch(ordinary[token_id])
-            lengths[token_id] = 1 if byte else max(0, len(text.encode("utf-8")) - num_before)
+        for token_id, length in measured_bytes(self._backend, ordinary).items():
+            lengths[token_id] = length
         return lengths
 
     def stream(self, *, skip_special: bool = False) -> StreamDecoder:
@@ -448,41 +434,3 @@ class Tokenizer:
 def _unpickle(content: str, bos: str | None, eos: str | None, pad: str | None, template: str | None, length: int | None) -> Tokenizer:
     backend = tokenizers.Tokenizer.from_str(content)
     return Tokenizer(backend, bos=bos, eos=eos, pad=pad, chat_template=template, model_max_length=length)
-
-
-def backend_error(error: BaseException, what: str) -> BaseException:
-    """An InputError that begins with `what` for what `tokenizers` raises; anything else as it is.
-
-    It raises bare Exception, ValueError, OverflowError, and PanicException, a BaseException, where Rust gave up.
-    """
-    if type(error) in (Exception, ValueError, OverflowError) or type(error).__name__ == "PanicException":
-        return InputError(f"{what}: {error}")
-    return error
-
-
-def _is_special(backend: tokenizers.Tokenizer, token: str) -> bool:
-    added = backend.get_added_tokens_decoder().values()
-    return any(entry.special and entry.content == token for entry in added)
-
-
-def _state(component: Any) -> dict[str, Any]:
-    """The JSON of a part of a `tokenizers.Tokenizer` (its pickle state), empty for None."""
-    return {} if component is None else dict(json.loads(component.__getstate__()))
-
-
-def _parts(state: dict[str, Any]) -> list[dict[str, Any]]:
-    """A part and, for a Sequence, the parts in it."""
-    inner = [part for key in ("pretokenizers", "decoders", "normalizers", "processors") for part in state.get(key, ())]
-    return [state, *(deeper for part in inner for deeper in _parts(part))]
-
-
-def _types_in(state: dict[str, Any]) -> set[str]:
-    return {part["type"] for part in _parts(state) if "type" in part}
-
-
-def _without_null(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_null(item) for key, item in value.items() if item is not None}
-    if isinstance(value, list):
-        return [_without_null(item) for item in value]
-    return value
