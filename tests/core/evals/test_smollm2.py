@@ -28,7 +28,8 @@ pytestmark = [
 
 GOLDEN = json.loads((Path(__file__).parents[2] / "data" / "golden_smollm2.json").read_text())["eval_first100_lm_eval_formula_no_bos"]
 FIRST_100 = {
-    task: {k: v for k, v in GOLDEN[task].items() if k in ("acc", "acc_norm", "perplexity")} for task in ("hellaswag", "piqa", "lambada_openai")
+    task: {k: v for k, v in GOLDEN[task].items() if k in ("acc", "acc_norm", "perplexity")}
+    for task in ("hellaswag", "piqa", "lambada_openai")
 }
 FIRST_HELLASWAG = GOLDEN["hellaswag"]["first3_loglikelihoods"]
 
