@@ -157,7 +157,7 @@ class _Collector:
 
 @dataclass(frozen=True)
 class Loaded:
-    """What the files held. `data_hash` is over the examples of all of them, in order, and the template."""
+    """What the files held. `digest` is over the examples of all of them, in order; ids and template have hashes of their own."""
 
     train: EncodedExamples
     held_out: EncodedExamples

@@ -98,8 +98,6 @@ class _Base:
 class _Finetune:
     """The Subject of fine-tuning; see plan.Subject."""
 
-    fate = "finetune"
-
     def __init__(self, config: FinetuneConfig) -> None:
         self._config = config
         self.bad_rows: list[BadRow] = []
@@ -118,6 +116,9 @@ class _Finetune:
             if not path.exists():
                 raise NotFoundError(f"{path}: no such file")
         self._base = base = _open_base(config)
+        most = base.architecture.max_positions
+        if config.seq_len is not None and config.seq_len > most:
+            raise UsageError(f"--seq-len {config.seq_len}: the model sees {most} tokens; give at most that")
         templated = base.has_template if config.chat is None else config.chat
         encoder = ExampleEncoder(plain=base.plain, chat=base.chat, templated=templated, mask_prompt=config.mask_prompt)
         skip_bad = config.on_error == "skip"
@@ -125,11 +126,11 @@ class _Finetune:
             load_examples(config.data, encoder, skip_bad=skip_bad, held_out_fraction=config.val_fraction, stop=stop)
         )
         self.bad_rows += train.bad_rows
-        held_out = train.held_out
+        held_out, held_out_counts = train.held_out, (len(train.held_out.rows), 0)
         if config.val_data:
             val = yield from _telling(load_examples(config.val_data, encoder, skip_bad=skip_bad, stop=stop))
             self.bad_rows += val.bad_rows
-            held_out = val.train
+            held_out, held_out_counts = val.train, (val.num_rows, len(val.bad_rows))
         if not len(train.train.rows) or (config.val_fraction and not len(held_out.rows)):
             side = "training" if not len(train.train.rows) else "validation"
             raise UsageError(
@@ -139,13 +140,11 @@ class _Finetune:
         used_template = templated or train.uses_conversations
         self._saved_tokenizer = base.chat if base.has_template or used_template else base.plain
         yield from self._remarks(base, train, used_template=used_template)
-        seq_len = config.seq_len or default_seq_len(train.train, max_positions=base.architecture.max_positions)
-        if seq_len > base.architecture.max_positions:
-            raise UsageError(f"--seq-len {seq_len}: the model sees {base.architecture.max_positions} tokens; give at most that")
+        seq_len = config.seq_len or default_seq_len(train.train, max_positions=most)
         self._source, fitted = yield from self._pack(train.train, "train", seq_len, train.num_rows, len(train.bad_rows))
         self._held_out: PackedSource | None = None
         if len(held_out.rows):
-            self._held_out, _ = yield from self._pack(held_out, "val", seq_len, len(held_out.rows), 0)
+            self._held_out, _ = yield from self._pack(held_out, "val", seq_len, *held_out_counts)
         self._prepared = self._prepare(fitted, seq_len)
 
     def _remarks(self, base: _Base, loaded: Loaded, *, used_template: bool) -> Iterator[Event]:
@@ -171,7 +170,7 @@ class _Finetune:
             seq_len=seq_len,
             seed=config.seed,
             data_hash=self._digest,
-            pad_id=self._base.plain.pad_id or self._base.plain.eos_id or 0,
+            pad_id=next((i for i in (self._base.plain.pad_id, self._base.plain.eos_id) if i is not None), 0),
             shuffle=split == "train",
         )
         if fitted.num_too_long:
