@@ -146,6 +146,7 @@ def test_gpt2s_published_ids() -> None:
     assert gpt2.encode("Once upon a time") == [7454, 2402, 257, 640]
     assert gpt2.encode("hello <|endoftext|>", allow_special=True) == [31373, 220, 50256]
     assert (gpt2.vocab_size, gpt2.eos_id, gpt2.is_lossless, gpt2.adds_bos) == (50257, 50256, True, False)
+    assert gpt2.fingerprint == "f6dfb6c6a984742a3e161140bd3252f5a286203bbfe63f2e11e392961a7a4bf1"
 
 
 # special tokens are text
@@ -314,6 +315,13 @@ def test_a_stream_can_leave_special_tokens_out() -> None:
 
 
 # fingerprint
+
+
+def test_fingerprints_stay_what_they_were_since_shards_hold_them() -> None:
+    vocab = {"a": 0, "b": 1, "ab": 2}
+    backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")]))
+    tokenizer = Tokenizer.from_parts(backend, bos=None, eos="b", pad=None)
+    assert tokenizer.fingerprint == "3664c45ccd8273d8bf14ae99e71e0a0f7797d616ddf546cfee0c3e9fd588462c"
 
 
 def test_the_fingerprint_does_not_depend_on_how_the_json_is_written(tmp_path: Path) -> None:

@@ -55,15 +55,16 @@ def _without_null(value: Any) -> Any:
 
 
 def fingerprint_of(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> str:
-    """See Tokenizer.fingerprint."""
+    """See Tokenizer.fingerprint. Token shards hold it, so what goes into it, and how, can never change."""
     content = json.loads(backend.to_str())
     for key in ("truncation", "padding", "version"):
         content.pop(key, None)
     model = content["model"]
     if "merges" in model:  # written "a b" by older versions of tokenizers
         model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
-    vocab, merges = model.pop("vocab", None), model.pop("merges", None)  # long, and without nulls
-    content = {**_without_null(content), "vocab": vocab, "merges": merges, "bos": bos, "eos": eos}
+    long = {key: model.pop(key) for key in ("vocab", "merges") if key in model}  # and without nulls
+    content = _without_null({**content, "bos": bos, "eos": eos})
+    content["model"].update(long)
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
