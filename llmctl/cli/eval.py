@@ -49,7 +49,8 @@ def run(config: EvaluateConfig, shell: Shell) -> None:
             check_out_file(path, flag=flag)
             if path.exists() and not config.overwrite:
                 raise UsageError(f"{flag} {path}: exists already; choose a new name, or replace it with --overwrite")
-    from llmctl.core.evals.runner import check_gates, evaluate
+    from llmctl.core.evals.gates import check_gates
+    from llmctl.core.evals.runner import evaluate
 
     with _Run(config.log_samples) as own:
         events = evaluate(config, stop=own.stop, stdin=sys.stdin.buffer if sys.stdin is not None else None)

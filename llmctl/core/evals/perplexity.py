@@ -15,13 +15,12 @@ import numpy as np
 
 from llmctl.core.errors import InputError
 from llmctl.core.evals.events import Progressed, TextScored
-from llmctl.core.evals.metrics import Metric, exp_or_inf
+from llmctl.core.evals.metrics import TEXT_METRICS, Metric, exp_or_inf
 from llmctl.core.evals.progress import Progress
 from llmctl.core.evals.scoring import score_sequences
 from llmctl.core.evals.tokens import BatchLimit, Window, windows
 from llmctl.core.model import Decoder
 
-TEXT_METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
 _READ_AHEAD_WINDOWS = 256
 """So many are sorted by length together, so that little is padded and memory stays bounded."""
 

@@ -17,9 +17,10 @@ from llmctl.core.errors import Interrupted, UsageError
 from llmctl.core.evals import texts
 from llmctl.core.evals.events import Event, ItemScored, ModelReady, Planned, Progressed, TaskScored, TextScored, Warned
 from llmctl.core.evals.fingerprint import model_sha256
+from llmctl.core.evals.gates import check_gate_names
 from llmctl.core.evals.items import DataSet, Item, Renderer, load_rows
 from llmctl.core.evals.metrics import ItemScore, aggregate, item_values
-from llmctl.core.evals.perplexity import TEXT_METRICS, Definition, combine, score_text
+from llmctl.core.evals.perplexity import Definition, combine, score_text
 from llmctl.core.evals.progress import Progress, default_cache_dir, job_key
 from llmctl.core.evals.scoring import score_groups
 from llmctl.core.evals.task import Task, load_task
@@ -70,7 +71,7 @@ def evaluate(
     if len(set(names)) != len(names):
         raise UsageError(f"--tasks: two task files have the same name in {', '.join(names)}; rename one")
     found = texts.open_texts(config, stdin=stdin)
-    _check_gate_names(config, [entry.task for entry in prepared])
+    check_gate_names(config, [entry.task for entry in prepared])
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     loaded, tokenizer = _load(config)
@@ -334,37 +335,3 @@ def _problems(progress: Progress) -> Iterator[Warned]:
         yield Warned(text=f"{progress.num_damaged} rows of the kept scores were damaged and have been computed again")
     if progress.problem:
         yield Warned(text=f"finished scores could not be kept, so an interrupted run would begin anew: {progress.problem}")
-
-
-def check_gates(config: EvaluateConfig, results: Sequence[TaskScored | TextScored]) -> list[str]:
-    """The gates that were not met, as sentences. Raises UsageError for a metric that no result has.
-
-    "acc" is looked for in every result; "hellaswag.acc" in that task's alone. With several texts, a bare name means all
-    of them and their total.
-    """
-    failures = []
-    for gate in config.gates:
-        found = 0
-        for result in results:
-            for metric in result.metrics:
-                if gate.metric not in (metric.name, f"{result.name}.{metric.name}"):
-                    continue
-                found += 1
-                worse = metric.value < gate.bound if metric.higher_is_better else metric.value > gate.bound
-                if worse:
-                    wanted = "at least" if metric.higher_is_better else "at most"
-                    failures.append(f"{result.name}.{metric.name} is {metric.value:.6g}, {wanted} {gate.bound:g} is wanted")
-        if not found:
-            names = sorted({f"{result.name}.{metric.name}" for result in results for metric in result.metrics})
-            raise UsageError(f"--fail-under {gate.metric}: no such metric here; there are {', '.join(names)}")
-    return failures
-
-
-def _check_gate_names(config: EvaluateConfig, tasks: Sequence[Task]) -> None:
-    """Raise UsageError for a gate on a metric that nothing will give, before anything is computed."""
-    known = {name for task in tasks for name in task.metrics} | {f"{task.name}.{name}" for task in tasks for name in task.metrics}
-    if config.texts:
-        known |= set(TEXT_METRICS)
-    for gate in config.gates:
-        if gate.metric not in known and not (config.texts and gate.metric.rpartition(".")[2] in TEXT_METRICS):
-            raise UsageError(f"--fail-under {gate.metric}: no such metric here; there are {', '.join(sorted(known))}")

@@ -6,7 +6,7 @@ Padding stands on the right, where causal attention cannot see it from any real 
 one sequence in batches of another shape differ only by rounding, since matmul kernels are chosen by shape.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -18,6 +18,8 @@ from llmctl.core.model import Decoder, KVCache
 
 _LOGIT_ROWS = 256
 """Rows whose logits exist at once: 256 x 49,152 float32 are 50 MB."""
+_CHUNK_TOKENS = 256
+"""Continuations run together until they have so many tokens: few are padded, and the matrix products are still at their best."""
 
 
 @dataclass(frozen=True)
@@ -62,30 +64,50 @@ def score_groups(model: Decoder, groups: Sequence[Group]) -> list[list[TokenScor
     if all(len(group.continuations) == 1 for group in groups):
         sequences = [(*group.context, *group.continuations[0]) for group in groups]
         return [[scores] for scores in score_sequences(model, sequences, [len(group.continuations[0]) for group in groups])]
-    counts = [len(group.continuations) for group in groups]
     longest = max(len(group.context) for group in groups)
+    contexts = KVCache(model.config, num_slots=len(groups), capacity=longest, dtype=model.dtype, device=model.device)
+    hidden = model.hidden(_padded([group.context for group in groups], model.device), cache=contexts)  # (G, T, C)
+    owners = [index for index, group in enumerate(groups) for _ in group.continuations]  # the group of each of the S sequences
     continuations = [ids for group in groups for ids in group.continuations]
-    more = max(len(ids) for ids in continuations) - 1
-    capacity = longest + more
-    cache = KVCache(model.config, num_slots=len(continuations), capacity=capacity, dtype=model.dtype, device=model.device)
-    firsts = torch.tensor([sum(counts[:index]) for index in range(len(groups))])  # the slot of each group's first sequence
-    after_context = model.hidden(_padded([group.context for group in groups], model.device), cache=cache, slots=firsts)  # (G, T, C)
-    owner = torch.repeat_interleave(torch.arange(len(groups)), torch.tensor(counts))  # (S,) the group of each sequence
-    lengths = [len(groups[index].context) for index in owner.tolist()]
-    rows = [after_context[index, length - 1 : length] for index, length in zip(owner.tolist(), lengths, strict=True)]
-    if more > 0:
-        source = firsts[owner].to(model.device)
-        for store in (*cache.keys, *cache.values):
-            # What lies behind a context is its padding; the positions say so, and it is overwritten before it is seen.
-            store[:, :, :longest] = store[source, :, :longest]
-        steps = torch.arange(more)
-        left = torch.tensor([len(ids) - 1 for ids in continuations])[:, None]
-        positions = torch.where(steps < left, torch.tensor(lengths)[:, None] + steps, -1)  # (S, T)
-        tokens = _padded([ids[:-1] for ids in continuations], model.device)
-        inside = model.hidden(tokens, positions=positions, cache=cache)  # (S, T, C)
-        rows = [torch.cat([row, inside[slot, : len(ids) - 1]]) for slot, (row, ids) in enumerate(zip(rows, continuations, strict=True))]
+    starts = [len(groups[owner].context) for owner in owners]
+    rows = [hidden[owner, start - 1 : start] for owner, start in zip(owners, starts, strict=True)]
+    # The first token of each is predicted by its context; the others need the continuation itself, longest first.
+    inner = sorted((i for i, ids in enumerate(continuations) if len(ids) > 1), key=lambda i: (-len(continuations[i]), i))
+    if inner:
+        cache = _fan_out(model, contexts, [owners[i] for i in inner], room=len(continuations[inner[0]]) - 1)
+        tokens = [continuations[i][:-1] for i in inner]
+        for i, inside in zip(inner, _go_on(model, cache, tokens, [starts[i] for i in inner]), strict=True):
+            rows[i] = torch.cat([rows[i], inside])
     scores = iter(_scores(model, rows, continuations))
     return [[next(scores) for _ in group.continuations] for group in groups]
+
+
+def _go_on(model: Decoder, cache: KVCache, tokens: Sequence[Sequence[int]], starts: Sequence[int]) -> Iterator[Tensor]:
+    """Hidden states (N_i, C) of `tokens[i]`, longest first, which slot i of the cache takes from position `starts[i]` on."""
+    done = 0
+    while done < len(tokens):
+        length = len(tokens[done])
+        part = slice(done, done + max(1, _CHUNK_TOKENS // length))
+        slots = torch.arange(len(tokens))[part]
+        steps = torch.arange(length)
+        sizes, first = torch.tensor([len(ids) for ids in tokens[part]])[:, None], torch.tensor(starts[part])[:, None]
+        positions = torch.where(steps < sizes, first + steps, -1)  # (B, T)
+        hidden = model.hidden(_padded(tokens[part], model.device), positions=positions, cache=cache, slots=slots)  # (B, T, C)
+        yield from (row[: len(ids)] for row, ids in zip(hidden, tokens[part], strict=True))
+        done += len(slots)
+
+
+def _fan_out(model: Decoder, contexts: KVCache, owners: Sequence[int], *, room: int) -> KVCache:
+    """A cache whose slot i holds the context of group `owners[i]`, with `room` for more tokens.
+
+    What lies behind a context is its padding: the positions of later tokens say so, and overwrite it before it is seen.
+    """
+    longest = contexts.capacity
+    cache = KVCache(model.config, num_slots=len(owners), capacity=longest + room, dtype=model.dtype, device=model.device)
+    source = torch.tensor(owners, device=model.device)
+    for store, held in zip((*cache.keys, *cache.values), (*contexts.keys, *contexts.values), strict=True):
+        store[:, :, :longest] = held[source]
+    return cache
 
 
 def _padded(sequences: Sequence[Sequence[int]], device: torch.device) -> Tensor:

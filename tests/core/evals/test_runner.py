@@ -13,7 +13,8 @@ from llmctl.core.config.evaluate import EvaluateConfig
 from llmctl.core.errors import InputError, Interrupted, NotFoundError, UsageError
 from llmctl.core.evals import runner
 from llmctl.core.evals.events import Event, ItemScored, ModelReady, Progressed, TaskScored, TextScored, Warned
-from llmctl.core.evals.runner import check_gates, evaluate, plan_batches
+from llmctl.core.evals.gates import check_gates
+from llmctl.core.evals.runner import evaluate, plan_batches
 from tests.core.evals.tiny import SENTENCES, load, oracle, write_rows, write_tasks
 
 
