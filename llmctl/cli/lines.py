@@ -64,10 +64,10 @@ def line_batches(files: Sequence[Path], shell: Shell, *, max_line_bytes: int) ->
                 raise UsageError("stdin is closed, but text was expected there; pipe something in or name a file")
             if stdin_is_terminal():
                 shell.note("reading lines from the terminal; end with Ctrl-D")
-            yield from _batches("stdin", sys.stdin.buffer, max_line_bytes)
+            yield from _batches("stdin", sys.stdin.buffer, max_line_bytes, shell)
         else:
             with _open(name) as file:
-                yield from _batches(shown(name), file, max_line_bytes)
+                yield from _batches(shown(name), file, max_line_bytes, shell)
 
 
 def shown(name: str) -> str:
@@ -82,7 +82,7 @@ def _open(name: str) -> IO[bytes]:
         raise InputError(f"cannot read {shown(name)}: {error.strerror}") from error
 
 
-def _batches(name: str, file: IO[bytes], limit: int) -> Iterator[list[Line]]:
+def _batches(name: str, file: IO[bytes], limit: int, shell: Shell) -> Iterator[list[Line]]:
     read: Callable[[int], bytes] = getattr(file, "read1", file.read)
     number, start, held, parts = 1, 0, 0, list[bytes]()
     head = b""
@@ -91,6 +91,7 @@ def _batches(name: str, file: IO[bytes], limit: int) -> Iterator[list[Line]]:
     if head.startswith(_UTF16_MARKS):
         raise InputError(f"{name}: this is UTF-16; convert it first, for instance: iconv -f UTF-16 -t UTF-8")
     if head.startswith(_UTF8_MARK):
+        shell.note(f"{name}: the byte-order mark at its start is left out")
         head, start = head[len(_UTF8_MARK) :], len(_UTF8_MARK)
     block = head
     while block:

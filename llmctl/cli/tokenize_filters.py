@@ -38,9 +38,9 @@ def encode(config: EncodeConfig, shell: Shell) -> None:
     tally = _Tally(tokenizer)
 
     def convert(texts: list[str]) -> list[str]:
-        for text in texts:
-            tally.look_at(text)
         rows = tokenizer.encode_batch(texts, allow_special=config.allow_special, add_bos=config.add_bos)
+        for text, ids in zip(texts, rows, strict=True):
+            tally.look_at(text, ids[1:] if config.add_bos else ids)
         if shell.json:
             return [json.dumps(ids, separators=(",", ":")) for ids in rows]
         return [" ".join(map(str, ids)) for ids in rows]
@@ -90,17 +90,22 @@ def _ids(line: Line, tokenizer: "Tokenizer") -> list[int]:
 
 
 class _Tally:
-    """What is worth saying about a text once it is encoded: names of special tokens, and characters without ids."""
+    """What is worth saying about a text once it is encoded: names of special tokens, and what will not come back."""
 
     def __init__(self, tokenizer: "Tokenizer") -> None:
         self._tokenizer = tokenizer
         self.num_special = 0
         self.num_lost = 0
+        self.num_changed = 0
 
-    def look_at(self, text: str) -> None:
-        """Count in `text`."""
+    def look_at(self, text: str, ids: list[int]) -> None:
+        """Count in `text` and the ids that it became."""
         self.num_special += self._tokenizer.count_special(text)
-        self.num_lost += self._tokenizer.count_lost(text)
+        if self._tokenizer.is_lossless:
+            return
+        num_lost = self._tokenizer.count_lost(text)
+        self.num_lost += num_lost
+        self.num_changed += not num_lost and self._tokenizer.decode(ids) != text
 
     def report(self, shell: Shell, *, allow_special: bool) -> None:
         """Say it, on stderr."""
@@ -109,3 +114,7 @@ class _Tally:
             shell.note(f"names of special tokens in the text: {self.num_special:,} {became}")
         if self.num_lost:
             shell.warn(f"{self.num_lost:,} characters were lost: this tokenizer has no ids for them")
+        if self.num_changed:
+            shell.warn(
+                f"{self.num_changed:,} lines will not come back as they were: this tokenizer rewrites text (case, spaces, forms of letters)"
+            )

@@ -138,6 +138,13 @@ def test_characters_without_ids_are_counted(tmp_path: Path) -> None:
     assert f"warning: {lost} characters were lost" in done.stderr.decode()
 
 
+def test_lines_that_a_tokenizer_rewrites_are_counted(tmp_path: Path) -> None:
+    write_kind(tmp_path, "wordpiece")
+    done = tokenize("encode", "--tokenizer", tmp_path, input=b"king\nKing\nking  king\n")
+    assert done.returncode == 0
+    assert "warning: 2 lines will not come back as they were" in done.stderr.decode()
+
+
 def test_bad_utf8_stops_with_its_place_after_the_lines_before_it(folder: Path) -> None:
     data = b"".join(b"line\n" for _ in range(16)) + b"bad \xff here\nlast\n"
     done = tokenize("encode", "--tokenizer", folder, input=data)
