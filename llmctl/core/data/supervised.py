@@ -18,6 +18,7 @@ from numpy.typing import NDArray
 from llmctl.core.data.chat import BadRow, Completion, Conversation, Example, read_rows
 from llmctl.core.data.packing import EncodedRows
 from llmctl.core.errors import InputError, Interrupted
+from llmctl.core.tokenizer import CHATML_TEMPLATE, CHATML_TOKENS
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
@@ -31,12 +32,6 @@ _TEMPLATE_TRIALS = 10
 
 _POLL_EVERY_ROWS = 64
 _TELL_EVERY_ROWS = 1024
-
-CHATML_TEMPLATE = (
-    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' }}{% endfor %}"
-    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
-)
-"""The default where the tokenizer has both control tokens but no template."""
 
 PLAIN_TEMPLATE = (
     "{% for message in messages %}"
@@ -54,7 +49,7 @@ def default_chat_template(tokenizer: "Tokenizer") -> str:
 
     Raises InputError when the tokenizer has neither ChatML's tokens nor an end-of-text token.
     """
-    if all(_is_special(tokenizer, text) for text in ("<|im_start|>", "<|im_end|>")):
+    if all(_is_special(tokenizer, text) for text in CHATML_TOKENS):
         template = CHATML_TEMPLATE
     elif tokenizer.eos_id is None:
         raise InputError(

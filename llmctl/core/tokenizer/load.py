@@ -13,7 +13,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers, processors
 
 from llmctl.core.errors import InputError, NotFoundError
 from llmctl.core.files import read_json, write_json, write_text
-from llmctl.core.tokenizer.parts import backend_error
+from llmctl.core.tokenizer.parts import backend_errors
 from llmctl.core.tokenizer.tokenizer import Tokenizer
 
 _MAX_TOKENIZER_BYTES = 256 << 20
@@ -82,20 +82,17 @@ def _read_backend(path: Path) -> tokenizers.Tokenizer:
     if num_bytes > _MAX_TOKENIZER_BYTES:
         raise InputError(f"{path} is {num_bytes:,} bytes, more than the {_MAX_TOKENIZER_BYTES:,} that a tokenizer may have")
     try:
-        return tokenizers.Tokenizer.from_buffer(path.read_bytes())
+        data = path.read_bytes()
     except OSError as error:
         raise InputError(f"cannot read {path}: {error.strerror}") from error
-    except BaseException as error:
-        raise backend_error(error, f"{path}: not a tokenizer that can be read") from error
+    with backend_errors(f"{path}: not a tokenizer that can be read"):
+        return tokenizers.Tokenizer.from_buffer(data)
 
 
 def _read_pair(folder: Path, *, add_prefix_space: bool) -> tokenizers.Tokenizer:
     """GPT-2's two files, with GPT-2's byte-level pre-tokenisation."""
-    try:
-        model = models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt"))
-        backend = tokenizers.Tokenizer(model)
-    except BaseException as error:
-        raise backend_error(error, f"{folder / 'vocab.json'}: not a vocabulary that can be read") from error
+    with backend_errors(f"{folder / 'vocab.json'}: not a vocabulary that can be read"):
+        backend = tokenizers.Tokenizer(models.BPE.from_file(str(folder / "vocab.json"), str(folder / "merges.txt")))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=add_prefix_space)
     backend.decoder = decoders.ByteLevel()
     backend.post_processor = processors.ByteLevel(trim_offsets=False)

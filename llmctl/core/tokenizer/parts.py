@@ -1,9 +1,10 @@
 """Looks into a `tokenizers.Tokenizer`: what its parts are, what it can reach, what identifies it. Knows no special roles and no text."""
 
+import contextlib
 import hashlib
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import tokenizers
@@ -14,14 +15,18 @@ from llmctl.core.errors import InputError
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
 
-def backend_error(error: BaseException, what: str) -> BaseException:
-    """An InputError that begins with `what` for what `tokenizers` raises; anything else as it is.
+@contextlib.contextmanager
+def backend_errors(what: str) -> Iterator[None]:
+    """Turns what `tokenizers` raises within the block into an InputError that begins with `what`.
 
     It raises bare Exception, ValueError, OverflowError, and PanicException, a BaseException, where Rust gave up.
     """
-    if type(error) in (Exception, ValueError, OverflowError) or type(error).__name__ == "PanicException":
-        return InputError(f"{what}: {error}")
-    return error
+    try:
+        yield
+    except BaseException as error:
+        if type(error) in (Exception, ValueError, OverflowError) or type(error).__name__ == "PanicException":
+            raise InputError(f"{what}: {error}") from error
+        raise
 
 
 def is_special(backend: tokenizers.Tokenizer, token: str) -> bool:

@@ -19,7 +19,7 @@ import tokenizers
 from llmctl.core.errors import InputError
 from llmctl.core.tokenizer.byte_level import byte_to_char, token_to_bytes
 from llmctl.core.tokenizer.parts import (
-    backend_error,
+    backend_errors,
     fingerprint_of,
     is_special,
     looks_up_words,
@@ -327,11 +327,10 @@ class Tokenizer:
         with self._lock:
             self._backend.encode_special_tokens = not special
             try:
-                yield self._backend
+                with backend_errors("this tokenizer cannot encode the text"):
+                    yield self._backend
             except TypeError as error:
                 raise InputError(f"cannot encode: the text holds a lone surrogate or is no text ({error})") from error
-            except BaseException as error:
-                raise backend_error(error, "this tokenizer cannot encode the text") from error
 
     # ids to text
 
@@ -341,10 +340,8 @@ class Tokenizer:
 
     def decode(self, ids: Sequence[int], *, skip_special: bool = False) -> str:
         """The text of `ids`. Bytes that are not UTF-8 become U+FFFD; unknown ids give nothing."""
-        try:
-            return self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special)
-        except BaseException as error:
-            raise backend_error(error, "this tokenizer cannot decode the ids") from error
+        with backend_errors("this tokenizer cannot decode the ids"):
+            return str(self._backend.decode([i for i in ids if 0 <= i < self.vocab_size], skip_special_tokens=skip_special))
 
     def decode_bytes(self, ids: Sequence[int], *, skip_special: bool = False) -> bytes:
         """The bytes of `ids`, exactly, also where they are not UTF-8. A tokenizer that is not byte-level gives decode's UTF-8."""

@@ -15,18 +15,10 @@ import tokenizers
 from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
 
 from llmctl.core.errors import InputError, UsageError
+from llmctl.core.tokenizer.chatml import CHATML_TEMPLATE, CHATML_TOKENS
 from llmctl.core.tokenizer.tokenizer import Tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
-CHATML_TOKENS = ("<|im_start|>", "<|im_end|>")
-CHATML_TEMPLATE = (
-    "{%- for message in messages -%}\n"
-    "{{- '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>' + '\\n' -}}\n"
-    "{%- endfor -%}\n"
-    "{%- if add_generation_prompt -%}\n"
-    "{{- '<|im_start|>assistant\\n' -}}\n"
-    "{%- endif -%}\n"
-)
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 """meta-llama/Meta-Llama-3-8B, tokenizer.json."""
 SMALLEST_VOCAB = 256

@@ -5,8 +5,7 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
-from llmctl.core.data.supervised import CHATML_TEMPLATE
-from llmctl.core.tokenizer import Tokenizer
+from llmctl.core.tokenizer import CHATML_TEMPLATE, Tokenizer
 
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 MERGES = [("h", "e"), ("t", "he"), ("Ġ", "the"), ("i", "n"), ("e", "r"), ("l", "l"), ("Ċ", "Ċ"), ("Ġ", "Ġ")]

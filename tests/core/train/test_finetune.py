@@ -17,11 +17,10 @@ from llmctl.core.config import ModelConfig
 from llmctl.core.config.finetune import FinetuneConfig
 from llmctl.core.data.loader import IGNORE, batch_at
 from llmctl.core.data.packing import EncodedRows, PackedSource
-from llmctl.core.data.supervised import CHATML_TEMPLATE
 from llmctl.core.errors import InputError, Interrupted, NotFoundError, PartialFailure, UsageError
 from llmctl.core.files import sha256_file
 from llmctl.core.model import Decoder
-from llmctl.core.tokenizer import Tokenizer
+from llmctl.core.tokenizer import CHATML_TEMPLATE, Tokenizer
 from llmctl.core.train.events import EvalDone, Finished, RowsRead, StepDone, Warned
 from llmctl.core.train.finetune import train
 from llmctl.core.train.objectives import NextToken
