@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import hashlib
 import os
+import select
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,10 @@ _BYTES_FOR_A_WORKER = 2 << 20
 """Below this much text a process costs more than it brings (it starts in 0.3 s, and encodes some 2 MB/s)."""
 _DEFAULT_FRACTION = {"hash": 0.01, "tail": 0.1}
 
-NeverStop: Callable[[], int | None] = lambda: None  # noqa: E731
+
+def never_stop() -> int | None:
+    """The answer of somebody who lets it run: no signal came."""
+    return None
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,7 @@ def pack(
     *,
     tokenizer: "Tokenizer | None" = None,
     stdin: IO[bytes] | None = None,
-    stop: Callable[[], int | None] = NeverStop,
+    stop: Callable[[], int | None] = never_stop,
 ) -> Iterator[PackEvent]:
     """Pack a corpus, as events that end with Packed.
 
@@ -161,10 +165,10 @@ def pack(
             num_shards_kept=sum(len(places) for places in folder.places.values()),
         )
         encoders: Encoders = InlineEncoders(encoder) if num_workers == 1 else WorkerPool(rules, num_workers)
-        run = _Run(config, folder, sources, num_train_sources, split, tokenizer, encoder, stdin)
+        run = _Run(config, folder, sources, num_train_sources, split, tokenizer, encoder, stdin, stop)
         with contextlib.closing(encoders), contextlib.closing(run):
             try:
-                yield from run.events(encoders, stop)
+                yield from run.events(encoders)
                 manifest = run.finish()
             except WriteError as error:
                 raise WriteError(f"{error} ({folder.kept()})") from error
@@ -204,6 +208,13 @@ def plan_of(config: PackConfig, sources: list[Source], num_train_sources: int, s
         "max_line_bytes": config.max_line_bytes,
         "shard_tokens": config.shard_tokens,
     }
+
+
+def _has_descriptor(stream: IO[bytes]) -> bool:
+    try:
+        return stream.fileno() >= 0
+    except (OSError, AttributeError):  # a stream in memory
+        return False
 
 
 def _total_bytes(sources: list[Source]) -> int | None:
@@ -256,6 +267,24 @@ class _Split:
         return sum(place.shard.num_tokens for place in self.places) + (self.writer.num_tokens if self.writer else 0)
 
 
+class _Watched:
+    """stdin, read so that a signal is heard while nothing comes: Python goes on with a read that a signal broke off."""
+
+    _POLL_S = 0.2
+
+    def __init__(self, stdin: IO[bytes], stop: Callable[[], int | None], interrupted: Callable[[int], Interrupted]) -> None:
+        self._descriptor = stdin.fileno()
+        self._stop = stop
+        self._interrupted = interrupted
+
+    def read(self, num_bytes: int) -> bytes:
+        """Up to `num_bytes`, b"" at the end. Raises Interrupted."""
+        while not select.select([self._descriptor], [], [], self._POLL_S)[0]:
+            if (number := self._stop()) is not None:
+                raise self._interrupted(number)
+        return os.read(self._descriptor, num_bytes)
+
+
 class _Run:
     """One pass over the input."""
 
@@ -269,12 +298,16 @@ class _Run:
         tokenizer: "Tokenizer",
         encoder: PieceEncoder,
         stdin: IO[bytes] | None,
+        stop: Callable[[], int | None],
     ) -> None:
         self._config = config
         self._folder = folder
         self._sources = sources
         self._tokenizer = tokenizer
         self._stdin = stdin
+        if stdin is not None and _has_descriptor(stdin):
+            self._stdin = cast("IO[bytes]", _Watched(stdin, stop, self._interrupted))
+        self._stop = stop
         rules = ReadRules(split=split, separator=config.separator, max_line_bytes=config.max_line_bytes, may_cut=encoder.may_cut)
         whole = dataclasses.replace(rules, split=SplitRule(kind="all"))
         self._rules = [rules if number < num_train_sources else whole for number in range(len(sources))]
@@ -292,11 +325,11 @@ class _Run:
                 split.writer.abort()
         self._folder.drop_errors()
 
-    def events(self, encoders: Encoders, stop: Callable[[], int | None]) -> Iterator[PackEvent]:
+    def events(self, encoders: Encoders) -> Iterator[PackEvent]:
         """Read, encode and write everything."""
         total = _total_bytes(self._sources)
         for batch, results in encoders.run(self._batches()):
-            if (number := stop()) is not None:
+            if (number := self._stop()) is not None:
                 raise self._interrupted(number)
             for offset, (piece, result) in enumerate(zip(batch.pieces, results, strict=True)):
                 yield from self._take(batch.first_piece + offset, piece, result)
@@ -306,7 +339,7 @@ class _Run:
                 num_documents=sum(split.num_documents for split in self._splits.values()),
                 num_tokens=sum(split.num_tokens for split in self._splits.values()),
             )
-        if (number := stop()) is not None:
+        if (number := self._stop()) is not None:
             raise self._interrupted(number)
         self._check_end()
         for split in self._splits.values():

@@ -138,8 +138,10 @@ class PackFolder:
     def kept(self) -> str:
         """What an interrupted run leaves, in words."""
         names = [place.shard.name for places in self.places.values() for place in places]
+        if not names:
+            return "no shard was finished, so nothing is kept"
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        return f"{len(names)} finished shards are kept in {self.path}" + (f": {shown}" if names else "")
+        return f"{len(names)} finished shards are kept in {self.path}: {shown}"
 
     # the work
 

@@ -100,7 +100,7 @@ class WorkerPool:
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
                 waiting.append((batch, self._executor.submit(self._encode, batch)))
-            while waiting and (batch is None or len(waiting) >= 2 * self._num_workers):
+            while waiting and (batch is None or len(waiting) >= 2 * self._num_workers or waiting[0][1].done()):
                 first, future = waiting.popleft()
                 yield first, future.result()
 
