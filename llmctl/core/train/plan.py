@@ -147,11 +147,9 @@ def train_subject(config: RunConfig, subject: Subject, *, stop: Stop, save_reque
 
 
 def _refuse_used(config: RunConfig) -> None:
-    """Say early, before data is read, what RunFolder would say later."""
+    """Say early, before data is read, what entering the folder would say later: that it is in use, or holds a run."""
     if config.out_dir is not None and not config.auto_resume and checkpoints.step_folders(config.out_dir):
-        raise UsageError(
-            f"--out-dir {config.out_dir}: a run is there already; go on with it by --resume (or --auto-resume), or choose another folder"
-        )
+        RunFolder(config.out_dir, fresh=True).close()
 
 
 def _wants_resume(config: RunConfig) -> bool:
