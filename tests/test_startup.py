@@ -20,13 +20,17 @@ from llmctl.cli.main import main
 main()
 """
 
-# A finder that refuses the heavy libraries, as a machine without them would.
+# The heavy libraries can be found but not imported, as where one is broken.
 BLOCKER = """
-import sys
+import importlib.machinery, sys
 class Refuse:
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {heavy!r}:
-            raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
+            return importlib.machinery.ModuleSpec(name, self)
+    def create_module(self, spec):
+        raise ImportError(f"{{spec.name}} was imported", name=spec.name)
+    def exec_module(self, module):
+        raise AssertionError
 sys.meta_path.insert(0, Refuse())
 from llmctl.cli.main import main
 main()
