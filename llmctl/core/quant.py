@@ -94,7 +94,7 @@ def quantise(numbers: NDArray[Any], layout: Layout) -> QuantMatrix:
     rows, columns = numbers.shape
     groups = -(-columns // GROUP)
     shapes = shapes_of(layout, (rows, columns))
-    codes = np.empty(shapes["codes"], np.int8 if layout == "int8" else np.uint8)
+    codes: NDArray[Any] = np.empty(shapes["codes"], np.int8 if layout == "int8" else np.uint8)
     scales = np.empty((rows, groups), np.float16)
     minimums = np.empty((rows, groups), np.float16) if layout == "int4" else None
     step = max(1, _CHUNK_NUMBERS // max(groups * GROUP, 1))
@@ -104,6 +104,7 @@ def quantise(numbers: NDArray[Any], layout: Layout) -> QuantMatrix:
         if not np.abs(chunk).max(initial=0) <= _LARGEST[layout]:
             what = "numbers too large for float16 scales" if np.isfinite(chunk).all() else "numbers that are not finite"
             raise InputError(f"the weights hold {what} (in rows {start} to {stop - 1}); they cannot be quantised")
+        part: NDArray[Any]
         if minimums is None:
             part, scale = _quantise_int8(chunk)
         else:
@@ -249,8 +250,8 @@ def from_gguf(raw: NDArray[np.uint8], kind: str, num_columns: int) -> QuantMatri
     blocks = raw.reshape(num_rows, groups, -1)
     scales = np.ascontiguousarray(blocks[:, :, :2]).view("<f2")[:, :, 0].astype(np.float16)
     if kind == "Q8_0":
-        codes = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8).reshape(num_rows, -1)
-        return QuantMatrix(layout, codes, scales, None, num_columns)
+        signed = np.ascontiguousarray(blocks[:, :, 2:]).view(np.int8).reshape(num_rows, -1)
+        return QuantMatrix(layout, signed, scales, None, num_columns)
     codes = np.ascontiguousarray(blocks[:, :, -16:]).reshape(num_rows, -1)
     if kind == "Q4_1":
         minimums = np.ascontiguousarray(blocks[:, :, 2:4]).view("<f2")[:, :, 0].astype(np.float16)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from llmctl.core.checkpoint.folder import check_tokenizer, load_config, load_tokenizer
     from llmctl.core.checkpoint.load import LoadedModel, assemble, load_model, load_model_and_tokenizer
+    from llmctl.core.checkpoint.quantised import save_quantised
     from llmctl.core.checkpoint.resolve import resolve_model
     from llmctl.core.checkpoint.save import MAX_SHARD_BYTES, hf_tensors, save_model
 
@@ -24,11 +25,13 @@ __all__ = [
     "load_tokenizer",
     "resolve_model",
     "save_model",
+    "save_quantised",
 ]
 
 _HOMES = {
     "folder": ("check_tokenizer", "load_config", "load_tokenizer"),
     "load": ("LoadedModel", "assemble", "load_model", "load_model_and_tokenizer"),
+    "quantised": ("save_quantised",),
     "resolve": ("resolve_model",),
     "save": ("MAX_SHARD_BYTES", "hf_tensors", "save_model"),
 }

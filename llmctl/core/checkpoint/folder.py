@@ -10,11 +10,14 @@ from llmctl.core.families import Family, family_of
 from llmctl.core.families.base import Binding, Shape
 from llmctl.core.files import read_json
 from llmctl.core.model.facts import tensor_shapes
+from llmctl.core.quant import GROUP, LAYOUTS, Layout
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
 
 MAX_CONFIG_BYTES = 4 << 20
+QUANT_METHOD, QUANT_FORMAT = "llmctl", 1
+"""The `quant_method` and `format` in the quantization_config of directories with quantised weights of our own; see quantised.py."""
 
 
 def load_config(path: Path) -> tuple[ModelConfig, Family, dict[str, Any]]:
@@ -24,11 +27,25 @@ def load_config(path: Path) -> tuple[ModelConfig, Family, dict[str, Any]]:
     raw = read_object(file)
     if raw is None:
         raise NotFoundError(f"{file}: no such file; a model directory has a config.json")
-    family = family_of(raw, where=str(file))
+    readable = raw if own_layout(raw, where=file) is None else {k: v for k, v in raw.items() if k != "quantization_config"}
+    family = family_of(readable, where=str(file))
     try:
         return family.config_from_hf(raw), family, raw
     except InputError as error:
         raise InputError(f"{file}: {str(error).removeprefix('config.json: ')}") from error
+
+
+def own_layout(raw: Mapping[str, Any], *, where: object) -> Layout | None:
+    """The layout of a quantised directory of ours, from its config.json; None for any other. Raises InputError."""
+    table = raw.get("quantization_config")
+    if not isinstance(table, dict) or table.get("quant_method") != QUANT_METHOD:
+        return None
+    if table.get("format") != QUANT_FORMAT or table.get("group_size") != GROUP or table.get("layout") not in LAYOUTS:
+        raise InputError(
+            f"{where}: quantization_config {table!r} is of another version; format {QUANT_FORMAT} in groups of {GROUP} is read"
+        )
+    layout: Layout = table["layout"]
+    return layout
 
 
 def read_object(file: Path) -> dict[str, Any] | None:

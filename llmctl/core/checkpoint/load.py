@@ -6,7 +6,7 @@ converted alone, and its pages are given back.
 
 import dataclasses
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,7 +14,18 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from llmctl.core.checkpoint.folder import bindings_of, check_names, check_tokenizer, load_config, load_tokenizer, read_generation, token_ids
+from llmctl.core.checkpoint.folder import (
+    bindings_of,
+    check_names,
+    check_tokenizer,
+    load_config,
+    load_tokenizer,
+    own_layout,
+    read_generation,
+    token_ids,
+)
+from llmctl.core.checkpoint.quantised import held_as_it_is, join, quantised
+from llmctl.core.checkpoint.quantweight import QuantWeight
 from llmctl.core.checkpoint.resolve import check_kind
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError
@@ -22,11 +33,14 @@ from llmctl.core.families import Family
 from llmctl.core.families.base import bind
 from llmctl.core.model.decoder import Decoder
 from llmctl.core.model.facts import tensor_shapes
+from llmctl.core.quant import Layout
 from llmctl.core.tensorfile import INDEX_NAME, TensorEntry, TensorFile, weight_files
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
 
+_PACKED_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
+"""Of the codes of quantised weights."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -43,34 +57,49 @@ class LoadedModel:
     """The ids that end a text: generation_config.json's, else config.json's."""
     generation: dict[str, Any]
     """generation_config.json, or {}."""
+    quant: Layout | None = None
+    """The layout that the matrices are held in, if they are quantised."""
 
 
-def load_model(path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu") -> LoadedModel:
+def load_model(
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quant: Layout | None = None
+) -> LoadedModel:
     """Load a model directory or a `.gguf` file into a decoder in eval mode.
 
     `dtype` None keeps the number format of the embeddings (float32 for those of a quantised GGUF); all weights get the
-    same. Raises NotFoundError when the files are not there, InputError when they are bad, unsafe or do not fit each other.
+    same. With `quant`, and from a quantised directory, the matrices are held quantised (quantweight.py), and
+    `dtype` is what is computed in; None is float32 then. Raises NotFoundError when the files are not there, InputError
+    when they are bad, unsafe or do not fit each other.
     """
     path = Path(path)
     if path.exists():
         check_kind(path)
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype=dtype, device=device)
+        return _load_gguf(path, dtype=dtype, device=device, quant=quant)
     config, family, raw = load_config(path)
     generation = read_generation(path)
-    model = assemble(config, dict(_our_tensors(path, config, family, dtype=dtype)), device=device)
+    own = own_layout(raw, where=path / "config.json")
+    if own is not None:
+        tensors = _quantised_tensors(path, config, dtype=dtype, own=own, quant=quant)
+    elif quant is not None:
+        dtype = torch.float32 if dtype is None else dtype
+        tensors = quantised(_our_tensors(path, config, family, dtype=torch.float32), quant, dtype=dtype)
+        own = quant
+    else:
+        tensors = _our_tensors(path, config, family, dtype=dtype)
+    model = assemble(config, dict(tensors), device=device)
     eos_ids = token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id"))
-    return LoadedModel(model, config, family.name, model.dtype, path, eos_ids, generation)
+    return LoadedModel(model, config, family.name, model.dtype, path, eos_ids, generation, own)
 
 
 def load_model_and_tokenizer(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu"
+    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quant: Layout | None = None
 ) -> tuple[LoadedModel, "Tokenizer"]:
     """Both, checked against each other before the weights are opened."""
     tokenizer = load_tokenizer(path)
     if Path(path).suffix != ".gguf":
         check_tokenizer(tokenizer, load_config(path)[0], where=path)
-    loaded = load_model(path, dtype=dtype, device=device)
+    loaded = load_model(path, dtype=dtype, device=device, quant=quant)
     check_tokenizer(tokenizer, loaded.config, where=path)
     return loaded, tokenizer
 
@@ -93,7 +122,7 @@ class _Stored:
 
     def tensor(self) -> Tensor:
         """The tensor, mapped where its alignment allows it."""
-        dtype, entry = _TORCH_DTYPES[self.entry.dtype], self.entry
+        dtype, entry = (_TORCH_DTYPES | _PACKED_DTYPES)[self.entry.dtype], self.entry
         if entry.num_bytes == 0:
             return torch.empty(entry.shape, dtype=dtype)
         if entry.start % dtype.itemsize:  # the format does not promise alignment, vector loads need it
@@ -137,7 +166,20 @@ def _is_copy(found: dict[str, _Stored], name: str, original: str) -> bool:
     return original in found and torch.equal(found[name].tensor(), found[original].tensor())
 
 
-def _open_tensors(folder: Path) -> dict[str, _Stored]:
+def _quantised_tensors(
+    folder: Path, config: ModelConfig, *, dtype: torch.dtype | None, own: Layout, quant: Layout | None
+) -> Iterator[tuple[str, Tensor]]:
+    """The decoder's tensors of a quantised directory, mapped."""
+    if quant is not None and quant != own:
+        raise InputError(f"{folder}: the weights are quantised already, as {own}; quantise the model that they were made from")
+    found = {name: stored.tensor() for name, stored in _open_tensors(folder, dtypes=_TORCH_DTYPES | _PACKED_DTYPES).items()}
+    try:
+        yield from join(found, config, dtype=torch.float32 if dtype is None else dtype)
+    except InputError as error:
+        raise InputError(f"{folder}: {error}") from error
+
+
+def _open_tensors(folder: Path, *, dtypes: Mapping[str, torch.dtype] = _TORCH_DTYPES) -> dict[str, _Stored]:
     """Every tensor of the weight files of `folder`, mapped. Raises InputError for a tensor that is there twice."""
     found: dict[str, _Stored] = {}
     for path, listed in weight_files(folder).items():
@@ -149,14 +191,14 @@ def _open_tensors(folder: Path) -> dict[str, _Stored]:
         for name, entry in file.entries.items():
             if name in found:
                 raise InputError(f"{path}: tensor {name!r} is in another file too")
-            if entry.dtype not in _TORCH_DTYPES:
-                raise InputError(f"{path}: tensor {name!r} has the dtype {entry.dtype}, weights are {', '.join(_TORCH_DTYPES)}")
+            if entry.dtype not in dtypes:
+                raise InputError(f"{path}: tensor {name!r} has the dtype {entry.dtype}, weights are {', '.join(dtypes)}")
             found[name] = _Stored(file, entry)
     return found
 
 
-def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str) -> LoadedModel:
-    """A model from a GGUF file: weights dequantised, rows of q and k put back into Hugging Face's order."""
+def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str, quant: Layout | None) -> LoadedModel:
+    """A model from a GGUF file: weights dequantised, or held quantised; rows of q and k put back into Hugging Face's order."""
     from llmctl.core.families.gguf import ROPE_FACTORS, Metadata, gguf_family, halves_from_pairs, llama3_scaling
     from llmctl.core.families.gguf_tokenizer import eos_ids_of
     from llmctl.core.gguf import GgufFile
@@ -177,12 +219,22 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
         raise InputError(f"{path}: {error.args[0]}") from error
     kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
     stored = kinds.get(file.tensors["token_embd.weight"].kind, torch.float32) if dtype is None else dtype
-    tensors = {}
+    if quant is not None and dtype is None:
+        stored = torch.float32
+    tensors: dict[str, Tensor] = {}
     for binding in bindings:
-        array = file.array(file.tensors[binding.theirs])
-        for name, part in zip(binding.ours, binding.rule.to_ours(array, binding.our_shapes), strict=True):
-            if record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k")):
-                part = halves_from_pairs(part, config.head_dim)
-            tensors[name] = torch.from_numpy(part).to(stored).contiguous()
+        entry = file.tensors[binding.theirs]
+        held = held_as_it_is(file, entry, binding, quant) if quant is not None else None
+        parts: list[Any] = held or binding.rule.to_ours(file.array(entry), binding.our_shapes)
+        for name, part in zip(binding.ours, parts, strict=True):
+            reordered = record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k"))
+            if held:
+                matrix = part.map_rows(lambda rows: halves_from_pairs(rows, config.head_dim)) if reordered else part
+                tensors[name] = QuantWeight.of(matrix, dtype=stored)
+            else:
+                array = halves_from_pairs(part, config.head_dim) if reordered else part
+                tensors[name] = torch.from_numpy(array).to(stored if quant is None else torch.float32).contiguous()
+        if quant is not None:
+            tensors |= quantised([(name, tensors[name]) for name in binding.ours], quant, dtype=stored)
     model = assemble(config, tensors, device=device)
-    return LoadedModel(model, config, record.family, model.dtype, path, eos_ids_of(file.metadata), {})
+    return LoadedModel(model, config, record.family, model.dtype, path, eos_ids_of(file.metadata), {}, quant)

@@ -64,13 +64,28 @@ def save_model(
     """
     record = family_named(family)
     dtype = tensors["embed.weight"].dtype if dtype is None else dtype
+    write_around(directory, family=record, config=config, dtype=dtype, tokenizer=tokenizer, generation=generation)
+    write_weights(directory, hf_tensors(config, record, tensors, dtype=dtype), max_shard_bytes)
+
+
+def write_around(
+    directory: Path,
+    *,
+    family: Family,
+    config: ModelConfig,
+    dtype: torch.dtype,
+    tokenizer: "Tokenizer | None",
+    generation: Mapping[str, Any] | None,
+    extra: Mapping[str, Any] | None = None,
+) -> None:
+    """Write all of a model directory but its weights. `extra` are further keys of config.json."""
     generation = dict(generation or {})
     bos, eos, pad = _special_ids(tokenizer, generation)
-    write_json(directory / "config.json", record.write_config(config, dtype=_DTYPE_NAMES[dtype], bos_id=bos, eos_ids=eos, pad_id=pad))
+    described = family.write_config(config, dtype=_DTYPE_NAMES[dtype], bos_id=bos, eos_ids=eos, pad_id=pad)
+    write_json(directory / "config.json", {**described, **(extra or {})})
     ids = {"bos_token_id": bos, "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, "pad_token_id": pad}
     known = {key: value for key, value in ids.items() if value is not None}
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation, **known})
-    _write_weights(directory, hf_tensors(config, record, tensors, dtype=dtype), max_shard_bytes)
     if tokenizer is not None:
         tokenizer.save(directory)
 
@@ -87,7 +102,7 @@ def _special_ids(tokenizer: "Tokenizer | None", generation: Mapping[str, Any]) -
     return bos, eos, tokenizer.pad_id if tokenizer.pad_id is not None else first["pad"]
 
 
-def _write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
+def write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     from safetensors import SafetensorError
     from safetensors.torch import save_file
 
