@@ -28,7 +28,7 @@ RECIPE = (
 )
 """The flags that the README of nanoGPT gives for a CPU."""
 
-PRETRAIN = "--depth 3 --seq-len 128 --batch-size 16 --max-steps 400 --eval-every 0 --sample-every 0 --save-every 0"
+PRETRAIN = "--depth 2 --seq-len 128 --batch-size 8 --max-steps 400 --eval-every 0 --sample-every 0 --save-every 0"
 
 
 def run(command: list[str], *, cwd: Path | None = None) -> tuple[float, str]:
@@ -74,7 +74,7 @@ def llmctl(work: Path) -> dict[str, float]:
     program = [sys.executable, "-m", "llmctl"]
     wall_s = 0.0
     for arguments in (
-        ["tokenize", "train", str(TEXT), "--vocab-size", "512", "-o", str(work / "tokenizer")],
+        ["tokenize", "train", str(TEXT), "--vocab-size", "1024", "-o", str(work / "tokenizer")],
         ["tokenize", "pack", str(TEXT), "--tokenizer", str(work / "tokenizer"), "-o", str(work / "shards")],
         ["pretrain", "--data", str(work / "shards"), "-o", str(work / "run"), *PRETRAIN.split()],
     ):

@@ -7,18 +7,42 @@ from llmctl.core.errors import InputError
 
 MAX_LAYERS = 4096
 """Far beyond any model: a config.json that asks for a billion layers must not be tried."""
+MAX_EXPERTS = 1 << 16
+"""In all layers together."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class RopeScaling:
     """How rotary frequencies are stretched for contexts beyond the trained one.
 
-    `kind` is "linear", "dynamic", "llama3" or "yarn"; `parameters` are that kind's numbers under the names that
-    Hugging Face configs use (factor, original_max_position_embeddings, low_freq_factor, ...).
+    `kind` is "linear", "dynamic", "llama3", "yarn" or "longrope"; `parameters` are that kind's numbers under the names
+    that Hugging Face configs use (factor, original_max_position_embeddings, low_freq_factor, ...).
     """
 
     kind: str
     parameters: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Experts:
+    """A routed feed-forward: each token passes through `num_active` of `num_experts` mlps of `mlp_size` (Shazeer et al. 2017)."""
+
+    num_experts: int
+    num_active: int
+    mlp_size: int
+    normalised: bool
+    """Whether the weights of a token's chosen experts are divided by their sum."""
+    layers: tuple[bool, ...]
+    """For each layer, whether its feed-forward is routed; the others have the ordinary one of `ModelConfig.mlp_size`."""
+
+    def __post_init__(self) -> None:
+        for name in ("num_experts", "mlp_size"):
+            if not 1 <= getattr(self, name) <= 1 << 31:
+                raise InputError(f"model config: {name} of the experts is {getattr(self, name)}; a whole number from 1 on is wanted")
+        if self.num_experts * sum(self.layers) > MAX_EXPERTS:
+            raise InputError(f"model config: {self.num_experts} experts in {sum(self.layers)} layers; at most {MAX_EXPERTS} are built")
+        if not 1 <= self.num_active <= self.num_experts:
+            raise InputError(f"model config: {self.num_active} experts a token are wanted, there are {self.num_experts}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,17 +65,31 @@ class ModelConfig:
     norm: Literal["rms", "layer"] = "rms"
     norm_eps: float = 1e-6
     norm_bias: bool = False
+    norm_plus_one: bool = False
+    """RMS norms multiply by 1 + weight (Gemma), which the checkpoint stores less its one."""
+    pre_norms: bool = True
+    """Norms of what attention and mlp read."""
+    post_norms: bool = False
+    """Norms of what attention and mlp add to the residual stream (Gemma 2 has both, OLMo 2 only these)."""
+    parallel_residual: bool = False
+    """Attention and mlp read the same hidden states, each through its norm, and are added together (GPT-NeoX)."""
     positions: Literal["rope", "learned", "sinusoidal", "none"] = "rope"
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     rotary_dim: int | None = None
     """Rotated dimensions of each head; None means all of `head_dim`."""
+    local_rope_theta: float | None = None
+    """Rope theta of the layers with a window, which have no scaling then; None means that they are as the others (Gemma 3)."""
+    rope_layers: tuple[bool, ...] | None = None
+    """For each layer, whether it rotates at all; None means all do (SmolLM3 leaves out every fourth)."""
     qkv_bias: bool = False
     attention_out_bias: bool = False
     mlp_bias: bool = False
     head_bias: bool = False
     qk_norm: bool = False
     """RMS norm over `head_dim` of each query and key head, before the rotation (Qwen3)."""
+    qk_norm_whole: bool = False
+    """RMS norm over all query heads together, and over all key heads, before the rotation (OLMo 2)."""
     windows: tuple[int | None, ...] | None = None
     """Sliding-window length of each layer, in tokens; None means full attention."""
     attention_scale: float | None = None
@@ -61,6 +99,7 @@ class ModelConfig:
     embedding_multiplier: float = 1.0
     residual_multiplier: float = 1.0
     logit_multiplier: float = 1.0
+    experts: Experts | None = None
     tie_embeddings: bool = False
     initializer_range: float = 0.02
     scale_residual_init: bool = False
@@ -85,8 +124,13 @@ class ModelConfig:
             self._check_scaling(self.rope_scaling)
         if self.windows is not None and len(self.windows) != self.num_layers:
             raise InputError(f"model config: {len(self.windows)} windows for {self.num_layers} layers")
-        if self.windows is not None and any(window is not None and window < 1 for window in self.windows):
-            raise InputError("model config: a window must hold at least 1 token")
+        if self.windows is not None and any(window is not None and not 1 <= window <= 1 << 31 for window in self.windows):
+            raise InputError("model config: a window must hold at least 1 token, and not more than 2^31")
+        if self.qk_norm and self.qk_norm_whole:
+            raise InputError("model config: queries and keys are normed by head or as a whole, not both")
+        for what, flags in (("rope_layers", self.rope_layers), ("layers of experts", self.experts.layers if self.experts else None)):
+            if flags is not None and len(flags) != self.num_layers:
+                raise InputError(f"model config: {what} names {len(flags)} layers, there are {self.num_layers}")
 
     def _check_scaling(self, scaling: RopeScaling) -> None:
         """Refuse numbers that the formulas of core/model/rope.py would divide by zero with."""
@@ -97,11 +141,23 @@ class ModelConfig:
             raise InputError(f"model config: dynamic rope scaling needs 4 rotated dimensions, {self.rotary_size} were found")
         if scaling.kind == "yarn" and not self.rope_theta > 1:
             raise InputError(f"model config: yarn needs a rope_theta above 1, {self.rope_theta} was found")
+        for name in ("short_factor", "long_factor") if scaling.kind == "longrope" else ():
+            factors = scaling.parameters.get(name, ())
+            if len(factors) != self.rotary_size // 2:
+                raise InputError(f"model config: the rope's {name} has {len(factors)} numbers, {self.rotary_size // 2} are wanted")
 
     @property
     def rotary_size(self) -> int:
         """Rotated dimensions of each head."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
+
+    def window(self, layer: int) -> int | None:
+        """Sliding-window length of a layer; None means full attention."""
+        return None if self.windows is None else self.windows[layer]
+
+    def routes(self, layer: int) -> bool:
+        """Whether the layer's feed-forward is a mixture of experts."""
+        return self.experts is not None and self.experts.layers[layer]
 
     @property
     def query_size(self) -> int:

@@ -8,13 +8,37 @@ from typing import Any
 
 from llmctl.core.errors import InputError
 from llmctl.core.families.base import Family
+from llmctl.core.families.gemma import GEMMA, GEMMA2, GEMMA3
 from llmctl.core.families.gpt2 import GPT2
+from llmctl.core.families.gpt_neox import GPT_NEOX
+from llmctl.core.families.granite import GRANITE
 from llmctl.core.families.llama import LLAMA
-from llmctl.core.families.qwen import QWEN2, QWEN3
+from llmctl.core.families.mistral import MISTRAL, MIXTRAL
+from llmctl.core.families.olmo2 import OLMO2
+from llmctl.core.families.phi3 import PHI3
+from llmctl.core.families.qwen import QWEN2, QWEN3, QWEN3_MOE
+from llmctl.core.families.smollm3 import SMOLLM3
 
 __all__ = ["FAMILIES", "Family", "family_named", "family_of"]
 
-FAMILIES: dict[str, Family] = {family.name: family for family in (GPT2, LLAMA, QWEN2, QWEN3)}
+_ALL = (
+    GPT2,
+    GPT_NEOX,
+    LLAMA,
+    MISTRAL,
+    MIXTRAL,
+    QWEN2,
+    QWEN3,
+    QWEN3_MOE,
+    GEMMA,
+    GEMMA2,
+    GEMMA3,
+    PHI3,
+    OLMO2,
+    GRANITE,
+    SMOLLM3,
+)
+FAMILIES: dict[str, Family] = {family.name: family for family in _ALL}
 
 _CODE_KEYS = (
     "auto_map",

@@ -3,19 +3,36 @@
 from collections.abc import Mapping
 from typing import Any
 
-from llmctl.core.config.model import ModelConfig
+from llmctl.core.config.model import ModelConfig, RopeScaling
 from llmctl.core.errors import InputError
-from llmctl.core.families.base import Family, Reader, Rule, activation_to_hf, rope_to_hf
+from llmctl.core.families.base import Family, Reader, Rule, activation_to_hf, rope_to_hf, rotary_dim
 
 
-def read_common(hf: Mapping[str, Any], *, head_dim: int | None, kv_heads: int | None) -> dict[str, Any]:
-    """The facts that Llama and the families after it write alike. `head_dim` None means hidden / heads."""
+def read_common(
+    hf: Mapping[str, Any],
+    *,
+    head_dim: int | None,
+    kv_heads: int | None,
+    norm_eps: float = 1e-6,
+    activation: tuple[str, str] = ("hidden_act", "silu"),
+    max_positions: int = 2048,
+    theta: float = 10_000.0,
+    tied: bool = False,
+    partial_rotary: bool = False,
+    rope: tuple[float, RopeScaling | None, float] | None = None,
+) -> dict[str, Any]:
+    """The facts that Llama and the families after it write alike. `head_dim` None means hidden / heads.
+
+    The keyword arguments are what a family's config leaves out, since they differ: `activation` is its key and its
+    default. `rope` (theta, scaling, rotated share) is given where the config says it in a way of its own.
+    """
     read = Reader(hf)
     hidden, heads = read.integer("hidden_size"), read.integer("num_attention_heads")
-    if head_dim is None and "head_dim" not in hf and (heads < 1 or hidden % heads):
+    if head_dim is None and hf.get("head_dim") is None and (heads < 1 or hidden % heads):
         raise InputError(f"config.json: hidden_size {hidden} is not a multiple of num_attention_heads {heads}")
-    theta, scaling, share = read.rope()
-    if share != 1.0:
+    size = read.integer("head_dim", hidden // max(heads, 1) if head_dim is None else head_dim)
+    found_theta, scaling, share = read.rope(default_theta=theta) if rope is None else rope
+    if share != 1.0 and not partial_rotary:
         raise InputError(f"config.json: partial_rotary_factor {share} is not supported for this model_type")
     return {
         "vocab_size": read.integer("vocab_size"),
@@ -23,14 +40,15 @@ def read_common(hf: Mapping[str, Any], *, head_dim: int | None, kv_heads: int | 
         "num_layers": read.integer("num_hidden_layers"),
         "num_heads": heads,
         "num_kv_heads": read.integer("num_key_value_heads", heads if kv_heads is None else kv_heads),
-        "head_dim": read.integer("head_dim", hidden // max(heads, 1) if head_dim is None else head_dim),
+        "head_dim": size,
         "mlp_size": read.integer("intermediate_size"),
-        "max_positions": read.integer("max_position_embeddings", 2048),
-        "activation": read.activation("hidden_act", "silu"),
-        "norm_eps": read.number("rms_norm_eps", 1e-6),
-        "rope_theta": theta,
+        "max_positions": read.integer("max_position_embeddings", max_positions),
+        "activation": read.activation(*activation),
+        "norm_eps": read.number("rms_norm_eps", norm_eps),
+        "rope_theta": found_theta,
         "rope_scaling": scaling,
-        "tie_embeddings": read.flag("tie_word_embeddings", False),
+        "rotary_dim": rotary_dim(size, share),
+        "tie_embeddings": read.flag("tie_word_embeddings", tied),
         "initializer_range": read.number("initializer_range", 0.02),
     }
 
@@ -71,21 +89,37 @@ def _to_hf(config: ModelConfig) -> dict[str, Any]:
 _T = "model.layers.{i}"
 _L = "layers.{i}"
 
-LLAMA_RULES = (
-    Rule("model.embed_tokens.weight", ("embed.weight",)),
-    Rule(f"{_T}.input_layernorm.weight", (f"{_L}.attn_norm.weight",)),
-    *(
-        Rule(f"{_T}.self_attn.{ours}_proj.{part}", (f"{_L}.attn.{ours}.{part}",))
-        for ours in ("q", "k", "v", "o")
-        for part in ("weight", "bias")
-    ),
-    Rule(f"{_T}.self_attn.q_norm.weight", (f"{_L}.attn.q_norm.weight",)),
-    Rule(f"{_T}.self_attn.k_norm.weight", (f"{_L}.attn.k_norm.weight",)),
-    Rule(f"{_T}.post_attention_layernorm.weight", (f"{_L}.mlp_norm.weight",)),
-    *(Rule(f"{_T}.mlp.{ours}_proj.{part}", (f"{_L}.mlp.{ours}.{part}",)) for ours in ("gate", "up", "down") for part in ("weight", "bias")),
-    Rule("model.norm.weight", ("final_norm.weight",)),
-    Rule("lm_head.weight", ("head.weight",)),
+
+def llama_rules(**norms: str) -> tuple[Rule, ...]:
+    """Llama's names, of which a family uses those that its facts ask for. `norms` are its layers' norms: theirs=ours."""
+    return (
+        Rule("model.embed_tokens.weight", ("embed.weight",)),
+        *(Rule(f"{_T}.{theirs}.weight", (f"{_L}.{ours}.weight",)) for theirs, ours in norms.items()),
+        *(
+            Rule(f"{_T}.self_attn.{ours}_proj.{part}", (f"{_L}.attn.{ours}.{part}",))
+            for ours in ("q", "k", "v", "o")
+            for part in ("weight", "bias")
+        ),
+        Rule(f"{_T}.self_attn.q_norm.weight", (f"{_L}.attn.q_norm.weight",)),
+        Rule(f"{_T}.self_attn.k_norm.weight", (f"{_L}.attn.k_norm.weight",)),
+        *(
+            Rule(f"{_T}.mlp.{ours}_proj.{part}", (f"{_L}.mlp.{ours}.{part}",))
+            for ours in ("gate", "up", "down")
+            for part in ("weight", "bias")
+        ),
+        Rule("model.norm.weight", ("final_norm.weight",)),
+        Rule("lm_head.weight", ("head.weight",)),
+    )
+
+
+LLAMA_RULES = llama_rules(input_layernorm="attn_norm", post_attention_layernorm="mlp_norm")
+SANDWICH_RULES = llama_rules(
+    input_layernorm="attn_norm",
+    post_attention_layernorm="attn_post_norm",
+    pre_feedforward_layernorm="mlp_norm",
+    post_feedforward_layernorm="mlp_post_norm",
 )
+"""The names where what attention and mlp give is normed too (Gemma 2 and 3, OLMo 2)."""
 
 LLAMA = Family(
     name="llama",

@@ -1,51 +1,25 @@
 """The one decoder: token ids to hidden states to logits. Reads facts from ModelConfig; never a family's name.
 
-Legend: B rows, T tokens a row, C hidden size, H heads, Hkv key-value heads, D head size, F mlp size, V vocabulary.
+Legend: B rows, T tokens a row, C hidden size, V vocabulary.
 
 Parameters are plain and separate (q, k, v, o, gate, up, down are 2-D matrices of their own), because optimizers treat
 matrices one by one: Muon orthogonalises each, and adapters and quantisers name them.
 """
 
+import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llmctl.core.config.model import ModelConfig
-from llmctl.core.model.attention import Pattern, attend
+from llmctl.core.model.attention import Pattern
 from llmctl.core.model.cache import KVCache, Place
-from llmctl.core.model.kernels import Lookup, RmsNorm
-from llmctl.core.model.rope import Rope, rotate
-
-_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
-    "silu": F.silu,
-    "gelu": F.gelu,
-    "gelu_tanh": lambda x: F.gelu(x, approximate="tanh"),
-    "relu": F.relu,
-}
-
-
-class Norm(nn.Module):
-    """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension."""
-
-    def __init__(self, size: int, config: ModelConfig, *, rms: bool | None = None) -> None:
-        super().__init__()
-        self._rms = config.norm == "rms" if rms is None else rms
-        self._eps = config.norm_eps
-        self.weight = nn.Parameter(torch.empty(size))
-        self.bias = nn.Parameter(torch.empty(size)) if config.norm_bias and not self._rms else None
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Any shape whose last dimension is the size; the same shape comes out."""
-        if self._rms:
-            if x.device.type == "cpu" and torch.is_grad_enabled():
-                normed: Tensor = RmsNorm.apply(x, self.weight, self._eps)  # type: ignore[no-untyped-call]
-                return normed
-            return F.rms_norm(x, self.weight.shape, self.weight, self._eps)
-        return F.layer_norm(x, self.weight.shape, self.weight, self.bias, self._eps)
-
+from llmctl.core.model.kernels import Lookup
+from llmctl.core.model.layers import Layer, Norm
+from llmctl.core.model.rope import Rope
 
 class Positions(nn.Module):
     """Absolute positions that are added to the embeddings: a learned table, or the fixed sinusoidal one, which is a buffer."""
@@ -99,81 +73,6 @@ class Head(nn.Module):
         self.bias = nn.Parameter(torch.empty(config.vocab_size)) if config.head_bias else None
 
 
-class Attention(nn.Module):
-    """Causal multi-head or grouped-query attention with its four projections."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self._layer, self._head_dim = layer, config.head_dim
-        self._scale = config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale
-        self._window = config.windows[layer] if config.windows is not None else None
-        self._softcap = config.attention_softcap
-        self.q = nn.Linear(config.hidden_size, config.query_size, bias=config.qkv_bias)
-        self.k = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
-        self.v = nn.Linear(config.hidden_size, config.kv_size, bias=config.qkv_bias)
-        self.o = nn.Linear(config.query_size, config.hidden_size, bias=config.attention_out_bias)
-        self.q_norm = Norm(config.head_dim, config, rms=True) if config.qk_norm else None
-        self.k_norm = Norm(config.head_dim, config, rms=True) if config.qk_norm else None
-
-    def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        batch, num_tokens, _ = x.shape
-        q = self.q(x).view(batch, num_tokens, -1, self._head_dim)  # (B, T, H, D)
-        k = self.k(x).view(batch, num_tokens, -1, self._head_dim)  # (B, T, Hkv, D)
-        v = self.v(x).view(batch, num_tokens, -1, self._head_dim).transpose(1, 2)
-        if self.q_norm is not None and self.k_norm is not None:
-            q, k = self.q_norm(q), self.k_norm(k)
-        q, k = q.transpose(1, 2), k.transpose(1, 2)  # (B, H, T, D), (B, Hkv, T, D)
-        if angles is not None:
-            q, k = rotate(q, *angles), rotate(k, *angles)
-        if cache is not None and place is not None:
-            k, v = cache.write(self._layer, place, k, v)  # (B, Hkv, K, D)
-        out = attend(q, k, v, pattern, scale=self._scale, window=self._window, softcap=self._softcap)
-        result: Tensor = self.o(out.transpose(1, 2).reshape(batch, num_tokens, -1))
-        return result
-
-
-class Mlp(nn.Module):
-    """down(act(up(x))), or down(act(gate(x)) * up(x)) when gated (Shazeer 2020)."""
-
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self._activation = _ACTIVATIONS[config.activation]
-        self.gate = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias) if config.gated_mlp else None
-        self.up = nn.Linear(config.hidden_size, config.mlp_size, bias=config.mlp_bias)
-        self.down = nn.Linear(config.mlp_size, config.hidden_size, bias=config.mlp_bias)
-
-    def forward(self, x: Tensor) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        inner = self._activation(self.up(x)) if self.gate is None else self._activation(self.gate(x)) * self.up(x)
-        result: Tensor = self.down(inner)
-        return result
-
-
-class Layer(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
-
-    def __init__(self, config: ModelConfig, layer: int) -> None:
-        super().__init__()
-        self._multiplier = config.residual_multiplier
-        self.attn_norm = Norm(config.hidden_size, config)
-        self.attn = Attention(config, layer)
-        self.mlp_norm = Norm(config.hidden_size, config)
-        self.mlp = Mlp(config)
-
-    def forward(
-        self, x: Tensor, angles: tuple[Tensor, Tensor] | None, pattern: Pattern, cache: KVCache | None, place: Place | None
-    ) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
-        x = self._add(x, self.attn(self.attn_norm(x), angles, pattern, cache, place))
-        return self._add(x, self.mlp(self.mlp_norm(x)))
-
-    def _add(self, x: Tensor, y: Tensor) -> Tensor:
-        return x + y if self._multiplier == 1.0 else x + y * self._multiplier
-
-
 class Decoder(nn.Module):
     """A decoder-only transformer. Build it under `torch.device("meta")` to have shapes without memory.
 
@@ -189,7 +88,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Layer(config, i) for i in range(config.num_layers))
         self.final_norm = Norm(config.hidden_size, config)
         self.head = Head(config)
-        self._rope = Rope(config) if config.positions == "rope" else None
+        self._ropes, self._rope_of = _rotations(config)
 
     @property
     def head_weight(self) -> Tensor:
@@ -216,10 +115,10 @@ class Decoder(nn.Module):
         residual_std = std / math.sqrt(2 * self.config.num_layers) if self.config.scale_residual_init else std
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith(("attn.o.weight", "mlp.down.weight")):
+                if name.endswith((".o.weight", ".down.weight")):
                     parameter.normal_(std=residual_std, generator=generator)
                 elif name.endswith("norm.weight"):
-                    parameter.fill_(1.0)
+                    parameter.fill_(0.0 if self.config.norm_plus_one else 1.0)
                 elif name.endswith("bias"):
                     parameter.zero_()
                 elif name != "positions.weight":
@@ -262,14 +161,15 @@ class Decoder(nn.Module):
             pattern = Pattern(document_lengths=document_lengths)
         x = _look_up(tokens, self.embed.weight)
         if self.config.embedding_multiplier != 1.0:
-            x = x * self.config.embedding_multiplier
+            # rounded to the weights' dtype first, as Gemma was trained: sqrt(640) is 25.25 in bf16
+            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
         if self.positions is not None:
             if int(positions.max()) >= self.config.max_positions:
                 raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_positions} that the model has")
             x = x + self.positions(positions.clamp(min=0).to(x.device))
-        angles = self._rope.cos_sin(positions, dtype=x.dtype, device=x.device) if self._rope is not None else None
-        for layer in self.layers:
-            x = layer(x, angles, pattern, cache, place)
+        angles = [rope.cos_sin(positions, dtype=x.dtype, device=x.device) for rope in self._ropes]
+        for layer, rope in zip(self.layers, self._rope_of, strict=True):
+            x = layer(x, None if rope is None else angles[rope], pattern, cache, place)
         if cache is not None and slots is not None:
             last = positions.amax(dim=1)
             cache.lengths[slots] = torch.where(last >= 0, last + 1, cache.lengths[slots])
@@ -296,6 +196,18 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of `tokens` (B, T); see `hidden`."""
         return self.logits(self.hidden(tokens, positions=positions, cache=cache, slots=slots, document_lengths=document_lengths))
+
+
+def _rotations(config: ModelConfig) -> tuple[list[Rope], list[int | None]]:
+    """The rotations of the model, and which of them each layer uses: none, the usual one, or that of layers with a window."""
+    if config.positions != "rope":
+        return [], [None] * config.num_layers
+    ropes = [Rope(config)]
+    if config.local_rope_theta is not None:
+        ropes.append(Rope(dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)))
+    rotates = config.rope_layers or (True,) * config.num_layers
+    local = len(ropes) - 1
+    return ropes, [(0 if config.window(i) is None else local) if rotates[i] else None for i in range(config.num_layers)]
 
 
 def _look_up(tokens: Tensor, weight: Tensor) -> Tensor:

@@ -24,22 +24,37 @@ def tensor_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         if config.norm == "layer" and config.norm_bias:
             shapes[f"{name}.bias"] = (hidden,)
 
+    def mlp(name: str, size: int) -> None:
+        if config.gated_mlp:
+            linear(f"{name}.gate", size, hidden, config.mlp_bias)
+        linear(f"{name}.up", size, hidden, config.mlp_bias)
+        linear(f"{name}.down", hidden, size, config.mlp_bias)
+
     if config.positions in ("learned", "sinusoidal"):
         shapes["positions.weight"] = (config.max_positions, hidden)
     for i in range(config.num_layers):
-        norm(f"layers.{i}.attn_norm")
-        linear(f"layers.{i}.attn.q", config.query_size, hidden, config.qkv_bias)
-        linear(f"layers.{i}.attn.k", config.kv_size, hidden, config.qkv_bias)
-        linear(f"layers.{i}.attn.v", config.kv_size, hidden, config.qkv_bias)
-        linear(f"layers.{i}.attn.o", hidden, config.query_size, config.attention_out_bias)
-        if config.qk_norm:
-            shapes[f"layers.{i}.attn.q_norm.weight"] = (heads,)
-            shapes[f"layers.{i}.attn.k_norm.weight"] = (heads,)
-        norm(f"layers.{i}.mlp_norm")
-        if config.gated_mlp:
-            linear(f"layers.{i}.mlp.gate", config.mlp_size, hidden, config.mlp_bias)
-        linear(f"layers.{i}.mlp.up", config.mlp_size, hidden, config.mlp_bias)
-        linear(f"layers.{i}.mlp.down", hidden, config.mlp_size, config.mlp_bias)
+        layer = f"layers.{i}"
+        if config.pre_norms:
+            norm(f"{layer}.attn_norm")
+        linear(f"{layer}.attn.q", config.query_size, hidden, config.qkv_bias)
+        linear(f"{layer}.attn.k", config.kv_size, hidden, config.qkv_bias)
+        linear(f"{layer}.attn.v", config.kv_size, hidden, config.qkv_bias)
+        linear(f"{layer}.attn.o", hidden, config.query_size, config.attention_out_bias)
+        if config.qk_norm or config.qk_norm_whole:
+            shapes[f"{layer}.attn.q_norm.weight"] = (config.query_size if config.qk_norm_whole else heads,)
+            shapes[f"{layer}.attn.k_norm.weight"] = (config.kv_size if config.qk_norm_whole else heads,)
+        if config.post_norms:
+            norm(f"{layer}.attn_post_norm")
+        if config.pre_norms:
+            norm(f"{layer}.mlp_norm")
+        if config.experts is not None and config.routes(i):
+            linear(f"{layer}.mlp.router", config.experts.num_experts, hidden, False)
+            for e in range(config.experts.num_experts):
+                mlp(f"{layer}.mlp.experts.{e}", config.experts.mlp_size)
+        else:
+            mlp(f"{layer}.mlp", config.mlp_size)
+        if config.post_norms:
+            norm(f"{layer}.mlp_post_norm")
     norm("final_norm")
     if not config.tie_embeddings:
         shapes["head.weight"] = (config.vocab_size, hidden)
@@ -68,9 +83,13 @@ def num_parameters(config: ModelConfig) -> ParameterCount:
 
 
 def matmul_parameters(config: ModelConfig) -> int:
-    """Numbers that one token is multiplied with: all matrices and the head, tied or not, but no embedding look-up."""
-    layers = sum(math.prod(shape) for name, shape in tensor_shapes(config).items() if name.startswith("layers.") and len(shape) == 2)
-    return layers + config.vocab_size * config.hidden_size
+    """Numbers that one token is multiplied with: matrices, of experts those in use, and the head; no embedding look-up."""
+    count = {True: 0, False: 0}  # in experts, elsewhere
+    for name, shape in tensor_shapes(config).items():
+        if name.startswith("layers.") and len(shape) == 2:
+            count[".experts." in name] += math.prod(shape)
+    used = 0 if config.experts is None else count[True] // config.experts.num_experts * config.experts.num_active
+    return count[False] + used + config.vocab_size * config.hidden_size
 
 
 def flops_per_token(config: ModelConfig, seq_len: int) -> float:
@@ -82,8 +101,7 @@ def flops_per_token(config: ModelConfig, seq_len: int) -> float:
     """
     attention = 0.0
     for layer in range(config.num_layers):
-        window = config.windows[layer] if config.windows is not None else None
-        attention += 12 * config.query_size * _mean_keys(seq_len, window)
+        attention += 12 * config.query_size * _mean_keys(seq_len, config.window(layer))
     return 6 * matmul_parameters(config) + attention
 
 
@@ -91,6 +109,14 @@ def _mean_keys(seq_len: int, window: int | None) -> float:
     if window is None or window >= seq_len:
         return (seq_len + 1) / 2
     return (window * (window + 1) / 2 + (seq_len - window) * window) / seq_len
+
+
+def _mlp_width(config: ModelConfig, layer: int) -> int:
+    """Inner numbers of one token in the layer's feed-forward; a routed one also keeps the token's inputs and outputs."""
+    experts = config.experts
+    if experts is None or not config.routes(layer):
+        return config.mlp_size
+    return experts.num_active * (experts.mlp_size + config.hidden_size)
 
 
 def cache_bytes_per_token(config: ModelConfig, *, bytes_per_number: int) -> int:
@@ -124,9 +150,10 @@ def training_memory(
     block of `loss_chunk_tokens` rows of the vocabulary, twice.
     """
     total = num_parameters(config).total
-    hidden, mlp = config.hidden_size, config.mlp_size * (4 if config.gated_mlp else 2)
-    per_layer = 5 * hidden + 3 * config.query_size + 3 * config.kv_size + mlp
-    activations = tokens_per_micro_batch * (config.num_layers * per_layer + 3 * hidden) * compute_bytes
+    hidden, halves = config.hidden_size, 4 if config.gated_mlp else 2
+    mlps = sum(_mlp_width(config, layer) for layer in range(config.num_layers)) * halves
+    per_layer = 5 * hidden + 3 * config.query_size + 3 * config.kv_size
+    activations = tokens_per_micro_batch * (config.num_layers * per_layer + mlps + 3 * hidden) * compute_bytes
     loss = 2 * min(tokens_per_micro_batch, loss_chunk_tokens) * config.vocab_size * 4
     return TrainingMemory(
         weight_bytes=total * 4 + (total * compute_bytes if compute_bytes < 4 else 0),

@@ -5,6 +5,7 @@ The halves layout of GPT-NeoX and Hugging Face: dimension i is paired with i + R
 """
 
 import math
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,14 +14,14 @@ from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError
 from llmctl.core.model.kernels import Rotate
 
-KINDS = ("linear", "dynamic", "llama3", "yarn")
+KINDS = ("linear", "dynamic", "llama3", "yarn", "longrope")
 
 
 def inverse_frequencies(config: ModelConfig, *, num_positions: int | None = None) -> tuple[Tensor, float]:
     """The angle per position of each of the R/2 pairs, (R/2,) float32, and the factor on cosine and sine.
 
     The arithmetic is that of transformers' modeling_rope_utils.py, in the same order and precision, since angles of far
-    positions show every bit. `num_positions` is the length of the text, which only "dynamic" looks at.
+    positions show every bit. `num_positions` is the length of the text, which only "dynamic" and "longrope" look at.
     """
     size, theta = config.rotary_size, config.rope_theta
     exponents = torch.arange(0, size, 2, dtype=torch.int64, device="cpu").float() / size
@@ -37,6 +38,8 @@ def inverse_frequencies(config: ModelConfig, *, num_positions: int | None = None
         return _llama3(1.0 / (theta**exponents), parameters), 1.0
     if kind == "yarn":
         return _yarn(theta, size, exponents, config, parameters)
+    if kind == "longrope":
+        return _longrope(theta, exponents, config, parameters, num_positions=num_positions)
     raise InputError(f"rope scaling of kind {kind!r} is not known; the kinds are {', '.join(KINDS)}")
 
 
@@ -80,23 +83,44 @@ def _yarn(theta: float, size: int, exponents: Tensor, config: ModelConfig, param
     return 1.0 / (factor * powers) * (1 - keep) + 1.0 / powers * keep, float(attention_factor)
 
 
+def _longrope(
+    theta: float, exponents: Tensor, config: ModelConfig, parameters: dict[str, Any], *, num_positions: int | None
+) -> tuple[Tensor, float]:
+    """LongRoPE (https://arxiv.org/abs/2402.13753): a divisor for each pair, one set for short texts and one for long ones."""
+    original = parameters["original_max_position_embeddings"]
+    divisors = parameters["long_factor" if num_positions is not None and num_positions > original else "short_factor"]
+    factor = parameters.get("attention_factor")
+    if factor is None:
+        stretch = parameters.get("factor") or config.max_positions / original
+        factor = 1.0 if stretch <= 1.0 else math.sqrt(1 + math.log(stretch) / math.log(original))
+    return 1.0 / (torch.tensor(divisors, dtype=torch.float32) * theta**exponents), float(factor)
+
+
+def _unstretched(config: ModelConfig) -> int | None:
+    """The longest text whose angles are those of the table; None where the length of a text does not count."""
+    scaling = config.rope_scaling
+    if scaling is None or scaling.kind not in ("dynamic", "longrope"):
+        return None
+    return config.max_positions if scaling.kind == "dynamic" else int(scaling.parameters["original_max_position_embeddings"])
+
+
 class Rope:
     """Cosines and sines for positions, from a table that grows when it must. Holds no parameter and no buffer.
 
-    A text's angles depend on nothing but its own positions: under "dynamic" scaling each row is stretched by its own
-    length, where transformers takes the longest of the batch (and stays stretched afterwards).
+    A text's angles depend on nothing but its own positions: under "dynamic" and "longrope" scaling each row is stretched by
+    its own length, where transformers takes the longest of the batch.
     """
 
     def __init__(self, config: ModelConfig) -> None:
         self._config = config
-        self._dynamic = config.rope_scaling is not None and config.rope_scaling.kind == "dynamic"
+        self._unstretched = _unstretched(config)
         self._tables: dict[tuple[torch.device, torch.dtype], tuple[Tensor, Tensor]] = {}
 
     def cos_sin(self, positions: Tensor, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         """Cosine and sine (B, 1, T, R/2) of `positions` (B, T), which lie on the CPU; negative ones count as 0."""
         positions = positions.clamp(min=0)
         longest = int(positions.max()) + 1
-        if self._dynamic and longest > self._config.max_positions:
+        if self._unstretched is not None and longest > self._unstretched:
             rows = [self._angles(row, int(row.max()) + 1) for row in positions]
             return (
                 torch.stack([cos for cos, _ in rows]).unsqueeze(1).to(device, dtype),

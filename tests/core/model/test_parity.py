@@ -1,5 +1,6 @@
 """Our decoder against transformers' own models: logits, gradients, cached decoding, names and tensors."""
 
+import copy
 import json
 from pathlib import Path
 
@@ -32,7 +33,7 @@ def test_logits_are_equal_in_float32(pair) -> None:
         torch.testing.assert_close(loaded.model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
-def test_gradients_are_equal(pair) -> None:
+def test_gradients_are_equal(pair, tmp_path: Path) -> None:
     reference, _, loaded = pair
     tokens = random_tokens(2, 30, seed=2)
     for model in (reference, loaded.model):
@@ -40,12 +41,24 @@ def test_gradients_are_equal(pair) -> None:
     logits = reference(tokens).logits
     F.cross_entropy(logits[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
     F.cross_entropy(loaded.model(tokens)[:, :-1].flatten(0, 1), tokens[:, 1:].flatten()).backward()
-    ours = {name: parameter.grad for name, parameter in loaded.model.named_parameters()}
+    ours = {
+        name: torch.zeros_like(parameter) if parameter.grad is None else parameter.grad  # None: an expert that no token chose
+        for name, parameter in loaded.model.named_parameters()
+    }
     gradients = hf_tensors(loaded.config, FAMILIES[loaded.family], ours, dtype=torch.float32)
-    theirs = {name: parameter.grad for name, parameter in reference.named_parameters()}
+    theirs = stored_gradients(reference, tmp_path)
     assert gradients.keys() == theirs.keys()
     for name, gradient in theirs.items():
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
+
+
+def stored_gradients(reference: transformers.PreTrainedModel, folder: Path) -> dict[str, torch.Tensor]:
+    """The gradients under the names and in the layout of a checkpoint, which for experts are not those of the modules."""
+    holder = copy.deepcopy(reference)
+    for held, parameter in zip(holder.parameters(), reference.parameters(), strict=True):
+        held.data = parameter.grad
+    holder.save_pretrained(folder)
+    return load_file(folder / "model.safetensors")
 
 
 @pytest.mark.parametrize("chunks", [[1] * 30, [30], [7, 1, 1, 13, 8], [29, 1]], ids=str)
@@ -90,10 +103,16 @@ def test_configs_of_transformers_4_are_read(pair, tmp_path: Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["torch_dtype"] = config.pop("dtype")
     rope = config.pop("rope_parameters", None)
+    if rope is not None and "full_attention" in rope:  # Gemma 3
+        config["rope_local_base_freq"] = rope["sliding_attention"]["rope_theta"]
+        rope = rope["full_attention"]
     if rope is not None:
-        config["rope_theta"] = rope.pop("rope_theta")
+        neox = config["model_type"] == "gpt_neox"
+        config["rotary_emb_base" if neox else "rope_theta"] = rope.pop("rope_theta")
+        if "partial_rotary_factor" in rope:
+            config["rotary_pct" if neox else "partial_rotary_factor"] = rope.pop("partial_rotary_factor")
         kind = rope.pop("rope_type")
-        config["rope_scaling"] = None if kind == "default" else {"type": kind, **rope}
+        config["rope_scaling"] = None if kind == "default" else {"type": "su" if kind == "longrope" else kind, **rope}
     (tmp_path / "config.json").write_text(json.dumps(config))
     assert load_config(tmp_path)[0] == loaded.config
 
