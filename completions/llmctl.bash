@@ -65,7 +65,7 @@ _llmctl() {
             esac
             ;;
         'generate')
-            words='--prompt -p --prompt-file -f --system --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --model -m --tokenizer --max-new-tokens -n --max-tokens --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --num-beams --length-penalty --early-stopping --input -i --output -o --overwrite --no-overwrite --batch-size -b --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--prompt -p --prompt-file -f --system --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --model -m --tokenizer --max-new-tokens -n --max-tokens --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --num-beams --length-penalty --early-stopping --input -i --output -o --overwrite --no-overwrite --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='any'
             case $prev in
                 --prompt|-p|--system|--max-new-tokens|-n|--max-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--num-beams|--length-penalty|--batch-size|-b|--threads) values='any' ;;
@@ -74,10 +74,11 @@ _llmctl() {
                 --early-stopping) values='true false never' ;;
                 --device) values='auto cpu cuda mps' ;;
                 --dtype|--precision) values='float32 f32 bfloat16 bf16 float16 f16' ;;
+                --quant) values='int8 int4' ;;
             esac
             ;;
         'eval')
-            words='--model -m --tokenizer --bos --seq-len --max-seq-length --stride --field --split --tasks --data --limit --num-fewshot --seed --output -o --log-samples --overwrite --no-overwrite --fail-under --cache --no-cache --cache-dir --restart --no-restart --batch-size -b --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--model -m --tokenizer --bos --seq-len --max-seq-length --stride --field --split --tasks --data --limit --num-fewshot --seed --output -o --log-samples --overwrite --no-overwrite --fail-under --cache --no-cache --cache-dir --restart --no-restart --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
                 --model|-m|--tokenizer|--output|-o|--log-samples|--config|-c) values='file' ;;
@@ -87,6 +88,7 @@ _llmctl() {
                 --data|--cache-dir) values='dir' ;;
                 --device) values='auto cpu cuda mps' ;;
                 --dtype|--precision) values='float32 f32 bfloat16 bf16 float16 f16' ;;
+                --quant) values='int8 int4' ;;
             esac
             ;;
         'tokenize')
