@@ -78,7 +78,7 @@ class EvaluateConfig:
 
     batch_size: int | None = option(
         None,
-        "Sequences scored at once; an item's choices stay together. [default: as many as make 4096 tokens, on a GPU 65536]",
+        "Sequences scored at once; an item's choices stay together. [default: as many as make 2048 tokens, on a GPU 65536]",
         "-b",
         minimum=1,
         maximum=65536,
@@ -90,6 +90,12 @@ class EvaluateConfig:
         "Number format of the weights. [default: as stored]",
         "--precision",
         choices=("float32", "f32", "bfloat16", "bf16", "float16", "f16"),
+        panel=_MACHINE,
+    )
+    quant: str | None = option(
+        None,
+        "Hold the weights quantised in groups of 32, embeddings and head in 8 bits. [default: as stored]",
+        choices=("int8", "int4"),
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)

@@ -191,4 +191,5 @@ def _batches(
             scores = score_sequences(model, [job.ids for job in batch], [job.num_scored for job in batch])
             known = [[-score.log_likelihood] for score in scores]
             progress.add([(job.unit, value) for job, value in zip(batch, known, strict=True)])
+            stop()
         yield _Sums(num_windows=len(batch), num_reused=len(batch) if reused else 0), [value[0] for value in known]

@@ -7,7 +7,7 @@ Cheap mistakes are found first: task files, their data and all prompts are read 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import IO, Any
+from typing import IO, Any, cast
 
 import torch
 
@@ -26,6 +26,7 @@ from llmctl.core.evals.scoring import score_groups
 from llmctl.core.evals.task import Task, load_task
 from llmctl.core.evals.tokens import BatchLimit, Prefix, Question, encode_items
 from llmctl.core.model import Decoder
+from llmctl.core.quant import Layout
 from llmctl.core.tokenizer import Tokenizer
 
 DEFAULT_MODEL = "storyteller"
@@ -82,7 +83,7 @@ def evaluate(
         path=str(loaded.path),
         sha256=model_sha256(loaded.path, tokenizer),
         num_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
-        dtype=str(loaded.dtype).removeprefix("torch."),
+        dtype=loaded.number_format,
         device=str(loaded.model.device),
         threads=torch.get_num_threads(),
         context_size=limit,
@@ -114,11 +115,12 @@ def prepare_task(reference: str, config: EvaluateConfig) -> PreparedTask:
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, Tokenizer]:
     path = resolve_model(config.model if config.model is not None else DEFAULT_MODEL)
     dtype = None if config.dtype is None else _DTYPES[config.dtype]
+    quant = cast(Layout | None, config.quant)
     device = _device(config.device)
     if config.tokenizer is None:
-        return load_model_and_tokenizer(path, dtype=dtype, device=device)
+        return load_model_and_tokenizer(path, dtype=dtype, device=device, quant=quant)
     tokenizer = Tokenizer.load(config.tokenizer)
-    loaded = load_model(path, dtype=dtype, device=device)
+    loaded = load_model(path, dtype=dtype, device=device, quant=quant)
     check_tokenizer(tokenizer, loaded.config, where=f"--tokenizer {config.tokenizer}")
     return loaded, tokenizer
 
@@ -139,7 +141,7 @@ def batch_limit(batch_size: int | None, device: torch.device) -> BatchLimit:
     """
     if batch_size is not None:
         return BatchLimit(batch_size)
-    return BatchLimit(64, 4096) if device.type == "cpu" else BatchLimit(256, 65_536)
+    return BatchLimit(64, 2048) if device.type == "cpu" else BatchLimit(256, 65_536)
 
 
 class _Job:
@@ -223,6 +225,7 @@ class _Job:
             if not _all_known(batch, progress):
                 self.check_stop()
                 progress.add(_score_batch(self._model, batch))
+                self.check_stop()  # a signal during the last batch ends the program too, as it would a shell's loop around it
             for question in batch:
                 scores[question.item.index] = _item_score(question, progress.get(_unit(question)))
             yield Progressed(name=task.name, num_done=len(scores), num_total=len(questions))

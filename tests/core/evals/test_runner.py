@@ -124,6 +124,16 @@ def test_an_interrupted_run_goes_on_and_ends_with_the_same_bits(
     assert [e.metrics for e in resumed if isinstance(e, TaskScored)] == [e.metrics for e in unbroken if isinstance(e, TaskScored)]
 
 
+def test_a_signal_during_the_last_batch_is_not_lost(model_dir: Path, tmp_path: Path, tasks: tuple[str, ...], forwards: list[int]) -> None:
+    _run(_config(model_dir, tmp_path, tasks=tasks, cache=False))
+    total = len(forwards)
+    forwards.clear()
+    config = _config(model_dir, tmp_path, tasks=tasks)
+    with pytest.raises(Interrupted):
+        _run(config, stop=lambda: 2 if len(forwards) == total else None)
+    assert [event.num_computed for event in _run(config) if isinstance(event, TaskScored)] == [0, 0]
+
+
 def test_a_failure_after_all_inference_costs_no_second_inference(
     model_dir: Path, tmp_path: Path, tasks: tuple[str, ...], forwards: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:
