@@ -196,7 +196,7 @@ def test_odd_file_names(tmp_path: Path, tokenizer_dir: Path) -> None:
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
 def test_a_signal_ends_it_with_the_finished_shards_kept(tmp_path: Path, corpus: Path, tokenizer_dir: Path, number: int, code: int) -> None:
-    settings = ["-", "--format", "jsonl", "--tokenizer", str(tokenizer_dir), "--shard-tokens", "300000", "--workers", "2", "-v"]
+    settings = ["-", "--format", "jsonl", "--tokenizer", str(tokenizer_dir), "--shard-tokens", "100000", "--workers", "2", "-v"]
     command = [*LLMCTL, "tokenize", "pack", *settings, "-o", str(tmp_path / "out")]
     process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
