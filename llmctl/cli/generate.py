@@ -60,6 +60,7 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         chat_template=template,
         device=config.device,
         dtype=config.dtype,
+        quant=config.quant,  # type: ignore[arg-type]  # checked by its choices
         threads=config.threads,
         num_slots=num_slots,
         chat=config.chat,

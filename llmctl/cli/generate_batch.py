@@ -108,6 +108,7 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
         "chat_template": None if template is None else hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
         "system": config.system,
         "dtype": config.dtype,
+        **({} if config.quant is None else {"quant": config.quant}),  # not there otherwise: older jobs go on
         **asdict(merged(generator.params, config.given_sampling())),
         "stop": list(config.stop),
         "max_new_tokens": config.max_new_tokens,

@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmctl.core.checkpoint.folder import check_tokenizer, load_config, load_tokenizer
+    from llmctl.core.checkpoint.folder import check_tokenizer, check_trainable, load_config, load_tokenizer
     from llmctl.core.checkpoint.load import LoadedModel, assemble, load_model, load_model_and_tokenizer
     from llmctl.core.checkpoint.quantised import save_quantised
     from llmctl.core.checkpoint.resolve import resolve_model
@@ -18,6 +18,7 @@ __all__ = [
     "LoadedModel",
     "assemble",
     "check_tokenizer",
+    "check_trainable",
     "hf_tensors",
     "load_config",
     "load_model",
@@ -29,7 +30,7 @@ __all__ = [
 ]
 
 _HOMES = {
-    "folder": ("check_tokenizer", "load_config", "load_tokenizer"),
+    "folder": ("check_tokenizer", "check_trainable", "load_config", "load_tokenizer"),
     "load": ("LoadedModel", "assemble", "load_model", "load_model_and_tokenizer"),
     "quantised": ("save_quantised",),
     "resolve": ("resolve_model",),

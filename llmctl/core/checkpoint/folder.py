@@ -48,6 +48,13 @@ def own_layout(raw: Mapping[str, Any], *, where: object) -> Layout | None:
     return layout
 
 
+def check_trainable(path: Path) -> None:
+    """Raise InputError when the weights of `path` are quantised: too coarse for a training step to change them."""
+    raw = read_object(path / "config.json") if path.is_dir() else None
+    if raw is not None and own_layout(raw, where=path) is not None:
+        raise InputError(f"{path}: the weights are quantised and cannot be trained; take the model that they were made from")
+
+
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object in `file`, or None when there is no such file."""
     if not file.is_file():

@@ -60,6 +60,12 @@ class LoadedModel:
     quant: Layout | None = None
     """The layout that the matrices are held in, if they are quantised."""
 
+    @property
+    def number_format(self) -> str:
+        """ "bfloat16", or "int4 in float32": what is held, and what is computed in."""
+        computed = str(self.dtype).removeprefix("torch.")
+        return computed if self.quant is None else f"{self.quant} in {computed}"
+
 
 def load_model(
     path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quant: Layout | None = None

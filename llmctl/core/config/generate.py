@@ -135,6 +135,12 @@ class GenerateConfig:
         choices=("float32", "f32", "bfloat16", "bf16", "float16", "f16"),
         panel=_MACHINE,
     )
+    quant: str | None = option(
+        None,
+        "Hold the weights quantised in groups of 32, embeddings and head in 8 bits. [default: as stored]",
+        choices=("int8", "int4"),
+        panel=_MACHINE,
+    )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
 
     def __post_init__(self) -> None:

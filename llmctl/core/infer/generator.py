@@ -49,6 +49,7 @@ class Generator:
         chat_template: str | None = None,
         device: str = "auto",
         dtype: str | None = None,
+        quant: Literal["int8", "int4"] | None = None,
         threads: int | None = None,
         num_slots: int = 1,
         chat: bool | None = None,
@@ -73,7 +74,7 @@ class Generator:
         chosen = choose_device(device)
         if chat_template is not None:
             words.chat_template = chat_template
-        loaded = load_model(path, dtype=dtype_named(dtype), device=chosen)
+        loaded = load_model(path, dtype=dtype_named(dtype), device=chosen, quant=quant)
         check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
         prompter = Prompter(
             words, context=loaded.config.max_positions, chat=chat, system=system, allow_special=allow_special, truncate=truncate
@@ -92,7 +93,7 @@ class Generator:
             eos_ids=frozenset(eos_ids),
             params=recommended(loaded.generation),
             path=path,
-            description=f"{path.name}: {loaded.family}, {str(loaded.dtype).removeprefix('torch.')} on {chosen}, torch",
+            description=f"{path.name}: {loaded.family}, {loaded.number_format} on {chosen}, torch",
         )
 
     def request(

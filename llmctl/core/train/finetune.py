@@ -12,7 +12,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
-from llmctl.core.checkpoint import LoadedModel, load_model, load_tokenizer, resolve_model, save_model
+from llmctl.core.checkpoint import LoadedModel, check_trainable, load_model, load_tokenizer, resolve_model, save_model
 from llmctl.core.config.finetune import DEFAULT_EPOCHS, FinetuneConfig
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.data.chat import BadRow
@@ -280,6 +280,7 @@ def _telling(loading: Generator[int, None, Loaded]) -> Generator[Event, None, Lo
 def _open_base(config: FinetuneConfig) -> _Base:
     assert config.model is not None
     path = resolve_model(config.model)
+    check_trainable(path)
     plain = load_tokenizer(path)
     loaded = load_model(path)
     architecture = loaded.config

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from llmctl.core.checkpoint import check_tokenizer, load_config, load_model, resolve_model, save_model
+from llmctl.core.checkpoint import check_tokenizer, check_trainable, load_config, load_model, resolve_model, save_model
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.data.loader import EvalSource, PretrainSource
@@ -181,6 +181,7 @@ def _open(config: PretrainConfig) -> _Opened:
         base = resolve_model(config.model)
         if base.suffix == ".gguf":
             raise UsageError(f"--model {config.model}: go on from a model directory; a GGUF file has lost precision")
+        check_trainable(base)
         architecture, record, _ = load_config(base)
         family = record.name
     elif config.model_config is not None:
