@@ -1,6 +1,7 @@
 """Models in and out: sharding, tokenizers beside weights, and everything that is refused, by name and in bounded memory."""
 
 import contextlib
+import dataclasses
 import json
 import mmap
 import os
@@ -31,13 +32,14 @@ from llmctl.core.checkpoint import (
     resolve_model,
     save_model,
 )
+from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, NotFoundError, WriteError
 from llmctl.core.families import FAMILIES
 from llmctl.core.model import Decoder
 from llmctl.core.model.facts import tensor_shapes
 from llmctl.core.model.shapes import shape_for_depth
 from llmctl.core.tensorfile import INDEX_NAME, SINGLE_NAME, TensorFile
-from tests.core.model.families import random_tokens, reference_model
+from tests.core.model.families import SETTINGS, random_tokens, reference_model
 
 CONFIG = shape_for_depth(1, 50, 32, "llama")
 
@@ -217,9 +219,16 @@ except WriteError as error:
     assert WriteError.exit_code == 5
 
 
+def configs_of(family: str) -> list[ModelConfig]:
+    """The facts of every setting of the parity tests that is of this family."""
+    types = FAMILIES[family].model_types
+    raw = [transformers.AutoConfig.for_model(kind, **options).to_dict() for kind, options in SETTINGS.values() if kind in types]
+    return [FAMILIES[family].config_from_hf(config) for config in raw]
+
+
 @pytest.mark.parametrize("family", list(FAMILIES))
 def test_name_rules_work_on_numpy_as_on_torch(family: str) -> None:
-    config = shape_for_depth(2, 30, 16, family) if family != "qwen2" else reference_config()
+    config = configs_of(family)[0]
     tensors = fresh_tensors(config)
     theirs = hf_tensors(config, FAMILIES[family], tensors, dtype=torch.float32)
     for binding in FAMILIES[family].bindings(config, tensor_shapes(config)):
@@ -231,10 +240,12 @@ def test_name_rules_work_on_numpy_as_on_torch(family: str) -> None:
         assert np.array_equal(binding.rule.to_theirs(parts), array)
 
 
-def reference_config():
-    import dataclasses
-
-    return dataclasses.replace(shape_for_depth(2, 30, 16, "llama"), qkv_bias=True)
+@pytest.mark.parametrize("family", list(FAMILIES))
+def test_a_config_that_the_family_cannot_say_is_refused_by_the_fact(family: str) -> None:
+    """Or a saved model would load as another. No family has a bias on the head."""
+    config = dataclasses.replace(configs_of(family)[0], head_bias=True)
+    with pytest.raises(InputError, match=f"a {family} model cannot have head_bias = True"):
+        FAMILIES[family].write_config(config, dtype="float32", bos_id=None, eos_ids=(), pad_id=None)
 
 
 # tokenizers
@@ -322,7 +333,9 @@ def test_a_bad_config_is_refused_by_key(folder: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
-KEYS = sorted({"head_dim", "rope_parameters", "model_type", "sliding_window", "layer_types", *FAMILIES["llama"].config_to_hf(CONFIG)})
+FUZZED = {family: configs_of(family)[-1] for family in FAMILIES}
+OTHER_KEYS = {"head_dim", "rope_parameters", "rope_scaling", "model_type", "sliding_window", "layer_types", "no_rope_layer_interval"}
+KEYS = sorted({*OTHER_KEYS, *(key for family, config in FUZZED.items() for key in FAMILIES[family].config_to_hf(config))})
 SCALARS = st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(max_size=5)
 TABLE_KEYS = st.sampled_from(["rope_type", "factor", "rope_theta", "x"])
 
@@ -331,11 +344,11 @@ def nested(inner: st.SearchStrategy[Any]) -> st.SearchStrategy[Any]:
     return st.lists(inner, max_size=3) | st.dictionaries(TABLE_KEYS, inner, max_size=3)
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=400, deadline=None)
 @given(key=st.sampled_from(KEYS), value=st.recursive(SCALARS, nested, max_leaves=6), family=st.sampled_from(list(FAMILIES)))
 def test_any_value_of_a_config_is_read_or_refused(tmp_path_factory: pytest.TempPathFactory, key: str, value: Any, family: str) -> None:
     path = tmp_path_factory.mktemp("config") / "config.json"
-    raw = FAMILIES[family].write_config(CONFIG, dtype="float32", bos_id=None, eos_ids=(), pad_id=None)
+    raw = FAMILIES[family].write_config(FUZZED[family], dtype="float32", bos_id=None, eos_ids=(), pad_id=None)
     path.write_text(json.dumps({**raw, key: value}))
     with contextlib.suppress(InputError):
         load_config(path)

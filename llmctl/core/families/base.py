@@ -328,7 +328,7 @@ class Reader:
             if key != "truncate" and not all(_is_positive(number) for number in numbers):
                 raise InputError(f"config.json: rope parameter {key} is {str(value)[:80]}; a number above 0 is wanted")
             if (key in ("short_factor", "long_factor")) != isinstance(value, list):
-                raise InputError(f"config.json: rope parameter {key} is {str(value)[:80]}; a list is wanted for long and short factors only")
+                raise InputError(f"config.json: rope parameter {key} is {str(value)[:80]}; only long and short factors are lists")
         return theta, RopeScaling(kind=kind, parameters=parameters), share
 
 

@@ -83,6 +83,7 @@ def _gemma2_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
 
 def _gemma3_from_hf(hf: Mapping[str, Any]) -> ModelConfig:
     read = Reader(hf)
+    read.refuse("attn_logit_softcapping", unless=None)  # Gemma 3's code reads this key and never applies it
     usual, local_theta = _gemma3_ropes(hf)
     common = read_common(hf, head_dim=256, kv_heads=4, activation=_ACTIVATION, tied=True, max_positions=131_072, rope=usual)
     pattern = read.integer("sliding_window_pattern", 6)

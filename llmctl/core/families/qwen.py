@@ -106,10 +106,7 @@ QWEN3_MOE = Family(
     rules=(
         *LLAMA_RULES,
         Rule(f"{_T}.gate.weight", (f"{_L}.router.weight",)),
-        *(
-            Rule(f"{_T}.experts.{{e}}.{ours}_proj.weight", (f"{_L}.experts.{{e}}.{ours}.weight",))
-            for ours in ("gate", "up", "down")
-        ),
+        *(Rule(f"{_T}.experts.{{e}}.{ours}_proj.weight", (f"{_L}.experts.{{e}}.{ours}.weight",)) for ours in ("gate", "up", "down")),
     ),
     trunk_prefix="model.",
 )

@@ -21,6 +21,7 @@ from llmctl.core.model.kernels import Lookup
 from llmctl.core.model.layers import Layer, Norm
 from llmctl.core.model.rope import Rope
 
+
 class Positions(nn.Module):
     """Absolute positions that are added to the embeddings: a learned table, or the fixed sinusoidal one, which is a buffer."""
 

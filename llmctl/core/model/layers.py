@@ -18,6 +18,7 @@ from llmctl.core.model.rope import rotate
 Angles = tuple[Tensor, Tensor]
 """Cosines and sines, (B or 1, 1, T, R/2) each."""
 
+
 class Norm(nn.Module):
     """RMSNorm (Zhang and Sennrich 2019) or LayerNorm (Ba et al. 2016) over the last dimension."""
 

@@ -27,7 +27,7 @@ _GPT2 = {**_SMALL, "n_embd": 32, "n_layer": 3, "n_head": 4, "n_positions": 64}
 _HALF = {"partial_rotary_factor": 0.5}
 _EXPERTS = {"num_experts": 5, "num_experts_per_tok": 2, "moe_intermediate_size": 24}
 _CAPS = {"attn_logit_softcapping": 2.0, "final_logit_softcapping": 3.0}
-_PAD = {"pad_token_id": 0}
+_PAD = {"pad_token_id": None}  # transformers gives the embedding of the padding no gradient
 _LONGROPE = {
     "rope_type": "longrope",
     "rope_theta": 1e3,
@@ -97,7 +97,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gpt_neox-whole-no-bias": (
         "gpt_neox",
-        {**_TRUNK, "attention_bias": False, "hidden_act": "gelu_new", "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0}},
+        {
+            **_TRUNK,
+            "attention_bias": False,
+            "hidden_act": "gelu_pytorch_tanh",
+            "rope_parameters": {"rope_theta": 1e4, "partial_rotary_factor": 1.0},
+        },
     ),
     "gpt_neox-linear": (
         "gpt_neox",
@@ -126,16 +131,25 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
         "qwen3_moe",
         {**_TRUNK, **_EXPERTS, "head_dim": 8, "decoder_sparse_step": 2, "use_sliding_window": True, "sliding_window": 6},
     ),
-    "gemma-tied": ("gemma", {**_TRUNK, "num_key_value_heads": 1, "head_dim": 16}),
+    "gemma-tied": ("gemma", {**_TRUNK, **_PAD, "num_key_value_heads": 1, "head_dim": 16}),
     "gemma-untied-bias": (
         "gemma",
-        {**_TRUNK, "num_key_value_heads": 4, "head_dim": 8, "attention_bias": True, "tie_word_embeddings": False, "hidden_act": "gelu"},
+        {
+            **_TRUNK,
+            **_PAD,
+            "num_key_value_heads": 4,
+            "head_dim": 8,
+            "attention_bias": True,
+            "tie_word_embeddings": False,
+            "hidden_act": "gelu",
+        },
     ),
-    "gemma2-windows": ("gemma2", {**_TRUNK, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, **_CAPS}),
+    "gemma2-windows": ("gemma2", {**_TRUNK, **_PAD, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, **_CAPS}),
     "gemma2-scale-untied": (
         "gemma2",
         {
             **_TRUNK,
+            **_PAD,
             "num_key_value_heads": 4,
             "head_dim": 8,
             "query_pre_attn_scalar": 24,
@@ -148,16 +162,25 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "gemma3-windows": (
         "gemma3_text",
-        {**_TRUNK, "num_key_value_heads": 1, "head_dim": 16, "sliding_window": 5, "num_hidden_layers": 7, "query_pre_attn_scalar": 16},
+        {
+            **_TRUNK,
+            **_PAD,
+            "num_key_value_heads": 1,
+            "head_dim": 16,
+            "sliding_window": 5,
+            "num_hidden_layers": 7,
+            "query_pre_attn_scalar": 16,
+        },
     ),
-    "gemma3-scaled-softcaps": (
+    "gemma3-scaled-softcap": (
         "gemma3_text",
         {
             **_TRUNK,
+            **_PAD,
             "num_key_value_heads": 2,
             "head_dim": 8,
             "sliding_window": 9,
-            **_CAPS,
+            "final_logit_softcapping": 3.0,
             "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
             "rope_parameters": {
                 "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 5000.0},
@@ -181,7 +204,12 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "phi3-longrope-short": (
         "phi3",
-        {**_TRUNK, **_PAD, "original_max_position_embeddings": 48, "rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 48}},
+        {
+            **_TRUNK,
+            **_PAD,
+            "original_max_position_embeddings": 48,
+            "rope_parameters": {**_LONGROPE, "original_max_position_embeddings": 48},
+        },
     ),
     "olmo2-mha": ("olmo2", {**_TRUNK, **_PAD}),
     "olmo2-gqa-tied-bias": ("olmo2", {**_TRUNK, **_PAD, "num_key_value_heads": 2, "tie_word_embeddings": True, "attention_bias": True}),
@@ -198,7 +226,14 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "granite-tied-biases": (
         "granite",
-        {**_TRUNK, "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "logits_scaling": 8, "attention_multiplier": 0.35},
+        {
+            **_TRUNK,
+            "attention_bias": True,
+            "mlp_bias": True,
+            "tie_word_embeddings": True,
+            "logits_scaling": 8,
+            "attention_multiplier": 0.35,
+        },
     ),
     "smollm3-every-fourth": ("smollm3", {**_TRUNK, **_PAD, "num_key_value_heads": 2, "num_hidden_layers": 5}),
     "smollm3-chosen-window": (
@@ -230,7 +265,9 @@ def reference_model(setting: str) -> transformers.PreTrainedModel:
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if "norm" in name or ".ln_" in name:
-                parameter.copy_(1 + 0.3 * torch.randn_like(parameter) if name.endswith("weight") else 0.3 * torch.randn_like(parameter))
+                # Gemma's norms multiply by 1 + weight
+                middle = 1.0 if name.endswith("weight") and not model_type.startswith("gemma") else 0.0
+                parameter.copy_(middle + 0.3 * torch.randn_like(parameter))
             else:
                 parameter.copy_(torch.randn_like(parameter) * 0.15)
     return model.eval()
