@@ -1,0 +1,9 @@
+"""What holds for every test: signals act as in a person's shell, whatever started pytest."""
+
+import signal
+
+# Processes that a script starts in the background ignore SIGINT, those under nohup SIGHUP, and children inherit that:
+# the tests of Ctrl-C and hang-up would then test nothing.
+signal.signal(signal.SIGINT, signal.default_int_handler)
+signal.signal(signal.SIGHUP, signal.SIG_DFL)
+signal.signal(signal.SIGTERM, signal.SIG_DFL)
