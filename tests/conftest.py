@@ -1,6 +1,12 @@
-"""What holds for every test: signals act as in a person's shell, whatever started pytest."""
+"""What holds for every test: signals act as in a person's shell, and torch computes with one thread.
 
+Tests run in as many processes as there are cores (pytest-xdist); more threads than that would only wait for each other.
+"""
+
+import os
 import signal
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 # Processes that a script starts in the background ignore SIGINT, those under nohup SIGHUP, and children inherit that:
 # the tests of Ctrl-C and hang-up would then test nothing.
