@@ -15,7 +15,7 @@ import transformers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as Backend
-from tokenizers import decoders, models, pre_tokenizers, trainers
+from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmctl.core import gguf as reader
 from llmctl.core.checkpoint import load_model, load_tokenizer
@@ -39,6 +39,8 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "pre_feedforward_layernorm": "ffn_norm",
+    "post_feedforward_layernorm": "post_ffw_norm",
 }
 
 
@@ -49,12 +51,14 @@ OUTER_NAMES = {
 }
 
 
-def gguf_name(name: str) -> str:
-    """llama.cpp's name of a tensor of transformers' Llama."""
+def gguf_name(name: str, *, sandwich: bool = False) -> str:
+    """llama.cpp's name of a tensor of transformers' Llama, or of a model that norms what its layers add, too."""
     if not name.startswith("model.layers."):
         return OUTER_NAMES[name]
     number, _, rest = name.removeprefix("model.layers.").partition(".")
     stem, _, part = rest.rpartition(".")
+    if sandwich and stem == "post_attention_layernorm":
+        return f"blk.{number}.post_attention_norm.{part}"
     return f"blk.{number}.{LAYER_NAMES[stem]}.{part}"
 
 
@@ -68,7 +72,7 @@ def permute(weights: np.ndarray, n_head: int, n_head_kv: int | None) -> np.ndarr
 def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str = "F32", extra: dict[str, Any] | None = None) -> None:
     """Write a tiny transformers model as llama.cpp's converter does."""
     config = model.config
-    architecture = config.model_type
+    architecture = config.model_type.removesuffix("_text")
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -77,7 +81,13 @@ def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str =
     writer.add_head_count(config.num_attention_heads)
     writer.add_head_count_kv(config.num_key_value_heads)
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
-    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    rope = config.rope_parameters
+    writer.add_rope_freq_base(rope.get("full_attention", rope)["rope_theta"])
+    if architecture in ("gemma2", "gemma3"):
+        writer.add_sliding_window(config.sliding_window)
+    if architecture == "gemma2":
+        writer.add_attn_logit_softcapping(config.attn_logit_softcapping)
+        writer.add_final_logit_softcapping(config.final_logit_softcapping)
     head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
@@ -88,9 +98,11 @@ def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str =
         array = tensor.numpy()
         if architecture == "llama" and ("q_proj" in name or "k_proj" in name):
             array = permute(array, config.num_attention_heads, config.num_key_value_heads if "k_proj" in name else None)
+        if architecture.startswith("gemma") and name.endswith("norm.weight"):
+            array = array + 1
         kind = gguf.GGMLQuantizationType[dtype if array.ndim == 2 else "F32"]
         data = gguf.quants.quantize(array.astype(np.float32), kind)
-        writer.add_tensor(gguf_name(name), data, raw_dtype=kind)
+        writer.add_tensor(gguf_name(name, sandwich=architecture in ("gemma2", "gemma3")), data, raw_dtype=kind)
     for name, array in (extra or {}).items():
         writer.add_tensor(name, array)
     writer.write_header_to_file()
@@ -99,12 +111,16 @@ def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str =
     writer.close()
 
 
-@pytest.mark.parametrize("setting", ["llama-mha", "llama-gqa-tied", "llama-mqa-biases", "llama-head-dim", "qwen2-gqa", "qwen3-head-dim"])
+LLAMAS = ["llama-mha", "llama-gqa-tied", "llama-mqa-biases", "llama-head-dim", "qwen2-gqa", "qwen3-head-dim"]
+GEMMAS = ["gemma-tied", "gemma2-windows", "gemma3-windows"]
+
+
+@pytest.mark.parametrize("setting", [*LLAMAS, *GEMMAS])
 def test_models_that_llama_cpp_converts_load_with_equal_logits(setting: str, tmp_path: Path) -> None:
     reference = reference_model(setting)
     write_model(tmp_path / "m.gguf", reference)
     loaded = load_model(tmp_path / "m.gguf")
-    assert loaded.family == reference.config.model_type
+    assert loaded.family == reference.config.model_type.removesuffix("_text")
     assert loaded.dtype == torch.float32
     tokens = random_tokens(2, 30)
     with torch.no_grad():
@@ -437,10 +453,67 @@ def test_a_byte_level_tokenizer_is_recovered(name: str, tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == line
 
 
+def sentencepiece_file(path: Path, *, architecture: str) -> None:
+    """A vocabulary as SentencePiece trains it: special tokens, bytes, pieces with scores, best first; Gemma's with runs of spaces."""
+    backend = Backend(models.BPE())
+    backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
+    trainer = trainers.BpeTrainer(vocab_size=150, show_progress=False)
+    backend.train_from_iterator(LINES, trainer)
+    learned = json.loads(backend.to_str())["model"]["vocab"]
+    gemma = architecture.startswith("gemma")
+    special = ["<pad>", "<eos>", "<bos>", "<unk>"] if gemma else ["<unk>", "<s>", "</s>"]
+    runs = ["\n", "\n\n", "  ", "   "] if gemma else ["<think>"]
+    byte_pieces = [f"<0x{value:02X}>" for value in range(256)]
+    pieces = [piece for piece in learned if piece not in ("▁▁", "▁▁▁", *runs)]
+    pieces.sort(key=lambda piece: (len(piece) < 2, learned[piece]))
+    kinds = [3] * len(special) + [4] * len(runs) + [6] * 256 + [1] * len(pieces)
+    scores = [-1000.0] * (len(kinds) - len(pieces)) + [-float(i) for i in range(len(pieces))]
+    writer = gguf.GGUFWriter(path, architecture)
+    writer.add_tokenizer_model("llama")
+    writer.add_tokenizer_pre("default")
+    writer.add_token_list([*special, *runs, *byte_pieces, *pieces])
+    writer.add_token_scores(scores)
+    writer.add_token_types(kinds)
+    writer.add_bos_token_id(special.index("<bos>" if gemma else "<s>"))
+    writer.add_eos_token_id(special.index("<eos>" if gemma else "</s>"))
+    writer.add_unk_token_id(special.index("<unk>"))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+
+
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_sentencepiece_tokenizer_is_recovered_as_transformers_does(architecture: str, tmp_path: Path) -> None:
+    from transformers.integrations.gguf.gguf_tokenizer_mapping import convert_gguf_tokenizer, get_gguf_tokenizer
+
+    path = tmp_path / "t.gguf"
+    sentencepiece_file(path, architecture=architecture)
+    ours = load_tokenizer(path)
+    found, parts, settings = get_gguf_tokenizer(str(path))
+    theirs, _ = convert_gguf_tokenizer(found, parts)
+    assert settings["add_bos_token"] is True
+    assert ours.adds_bos
+    assert ours.special_ids >= {ours.bos_id, ours.eos_id}
+    for line in [*LINES[:4], " one space", "  two\n\n   three", "a<think>b", "\U0001f600 \u0fff", "", "wonder king's"]:
+        ids = theirs.encode(line, add_special_tokens=False).ids
+        assert ours.encode(line) == [ours.bos_id, *ids], line
+        assert ours.decode(ids) == theirs.decode(ids), line
+        if architecture == "gemma3":
+            assert ours.decode(ids) == line
+    assert len({len(theirs.encode(word, add_special_tokens=False).ids) for word in ("there", "xyzzy")}) == 2
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"tokenizer.ggml.model": "llama"}, "of kind 'llama'"),
+        ({"tokenizer.ggml.model": "t5"}, "of kind 't5'"),
+        ({"tokenizer.ggml.model": "llama"}, "scores is missing"),
+        ({"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0]}, "a number for each of the 3 tokens"),
+        (
+            {"tokenizer.ggml.model": "llama", "tokenizer.ggml.scores": [0.0] * 3, "tokenizer.ggml.tokens": ["a", "b", "a" * 5000]},
+            "5,000 char",
+        ),
         ({"tokenizer.ggml.pre": "martian"}, "pre-tokenizer 'martian'"),
         ({"tokenizer.ggml.tokens": None}, "tokens is missing"),
         ({"tokenizer.ggml.merges": ["a"]}, "not two tokens"),
@@ -499,3 +572,37 @@ def test_smollm2_chat_ids_are_those_of_its_template(smollm2: Path, golden: dict[
     ids = tokenizer.encode_chat([{"role": "user", "content": golden["chat"]["user"]}], add_generation_prompt=True)
     assert golden["chat"]["ids"][: len(ids)] == ids
     assert tokenizer.decode(golden["chat"]["ids"][len(ids) :]) == golden["chat"]["answer"]
+
+
+@pytest.fixture(scope="module")
+def gemma3() -> Path:
+    path = os.environ.get("LLMCTL_TEST_GEMMA3")
+    if not path:
+        pytest.skip("LLMCTL_TEST_GEMMA3 is not set (the path of gemma-3-270m-q4_k_m.gguf)")
+    return Path(path)
+
+
+def test_gemma3_gives_the_ids_and_the_loss_of_transformers(gemma3: Path) -> None:
+    """Both read the same file, so that nothing of the model needs to be kept here."""
+    prompt = "The old lighthouse keeper had not spoken to anyone for"
+    reference = transformers.AutoModelForCausalLM.from_pretrained(gemma3.parent, gguf_file=gemma3.name, dtype=torch.float32)
+    theirs = transformers.AutoTokenizer.from_pretrained(gemma3.parent, gguf_file=gemma3.name)
+    content = (REPOSITORY / "examples" / "tinyshakespeare.txt").read_text()[:2500]
+    wanted_prompt, wanted_text = theirs(prompt).input_ids, theirs(content).input_ids[:600]  # longer than the window of 512
+    with torch.no_grad():
+        wanted = reference.generate(torch.tensor([wanted_prompt]), max_new_tokens=40, do_sample=False)[0].tolist()
+        tokens = torch.tensor([wanted_text])
+        loss = torch.nn.functional.cross_entropy(reference(tokens).logits[0, :-1], tokens[0, 1:])
+    del reference
+    loaded, tokenizer = load_model(gemma3), load_tokenizer(gemma3)
+    assert tokenizer.encode(prompt) == wanted_prompt
+    assert tokenizer.encode(content)[:600] == wanted_text
+    cache = KVCache(loaded.config, num_slots=1, capacity=64)
+    ids, new = list(wanted_prompt), torch.tensor([wanted_prompt])
+    with torch.no_grad():
+        while len(ids) < len(wanted):
+            new = loaded.model.logits(loaded.model.hidden(new, cache=cache)[:, -1:]).argmax(-1)
+            ids.append(int(new))
+        assert ids == wanted
+        found = torch.nn.functional.cross_entropy(loaded.model(tokens)[0, :-1], tokens[0, 1:])
+    assert float(found) == pytest.approx(float(loss), abs=1e-4)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -239,6 +240,7 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
                 tensors[name] = QuantWeight.of(matrix, dtype=stored)
             else:
                 array = halves_from_pairs(part, config.head_dim) if reordered else part
+                array = array - np.float32(record.norm_shift(name)) if record.norm_shift(name) else array
                 tensors[name] = torch.from_numpy(array).to(stored if quant is None else torch.float32).contiguous()
         if quant is not None:
             tensors |= quantised([(name, tensors[name]) for name in binding.ours], quant, dtype=stored)

@@ -369,7 +369,7 @@ def one_window(config: ModelConfig) -> int | None:
 
 def inverse(value: float, exponent: float) -> float:
     """The short decimal that `value` is the power of, for facts that Hugging Face writes as divisors or squares."""
-    exact = value ** (1 / exponent)
+    exact = float(value ** (1 / exponent))
     rounded = round(exact, 9)
     return rounded if rounded > 0 and rounded**exponent == value else exact
 

@@ -53,7 +53,8 @@ class Metadata:
 class GgufFamily:
     """How an architecture of GGUF maps to a family of ours.
 
-    `interleaved` says that rows of q and k were reordered so that the two dimensions of a rotary pair lie side by side.
+    `interleaved` says that rows of q and k were reordered so that the two dimensions of a rotary pair lie side by side,
+    `norms_hold_one` that the weights of norms have the one added that `ModelConfig.norm_plus_one` leaves to the decoder.
     """
 
     architecture: str
@@ -61,6 +62,11 @@ class GgufFamily:
     config: Callable[[Metadata, Mapping[str, Shape], int], ModelConfig]
     rules: tuple[Rule, ...]
     interleaved: bool = False
+    norms_hold_one: bool = False
+
+    def norm_shift(self, name: str) -> float:
+        """What to take off the decoder's tensor `name`, as the file has it."""
+        return 1.0 if self.norms_hold_one and name.endswith("norm.weight") else 0.0
 
 
 def _rotary_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> dict[str, Any]:
@@ -111,6 +117,49 @@ def _qwen_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -
     return ModelConfig(**_rotary_config(meta, shapes, vocab_size), qk_norm="blk.0.attn_q_norm.weight" in shapes)
 
 
+def _gemma_common(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> dict[str, Any]:
+    common = _rotary_config(meta, shapes, vocab_size)
+    multiplier = common["hidden_size"] ** 0.5
+    return {**common, "activation": "gelu_tanh", "norm_plus_one": True, "embedding_multiplier": multiplier}
+
+
+def _gemma_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
+    return ModelConfig(**_gemma_common(meta, shapes, vocab_size))
+
+
+def _gemma2_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
+    common = _gemma_common(meta, shapes, vocab_size)
+    window, num_layers = meta.integer("attention.sliding_window", 4096), common["num_layers"]
+    return ModelConfig(
+        **common,
+        post_norms=True,
+        windows=tuple(window if i % 2 == 0 else None for i in range(min(num_layers, 1 << 16))),
+        attention_scale=_gemma_scale(common, layers_of_27b=46),
+        attention_softcap=meta.number("attn_logit_softcapping", 50.0),
+        logit_softcap=meta.number("final_logit_softcapping", 30.0),
+    )
+
+
+def _gemma3_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
+    common = _gemma_common(meta, shapes, vocab_size)
+    window, num_layers = meta.integer("attention.sliding_window", 1024), common["num_layers"]
+    return ModelConfig(
+        **{**common, "rope_theta": meta.number("rope.freq_base", 1e6)},
+        post_norms=True,
+        qk_norm=True,
+        windows=tuple(window if (i + 1) % 6 else None for i in range(min(num_layers, 1 << 16))),
+        local_rope_theta=meta.number("rope.freq_base_swa", 10_000.0),
+        attention_scale=_gemma_scale(common, layers_of_27b=62),
+    )
+
+
+def _gemma_scale(common: Mapping[str, Any], *, layers_of_27b: int) -> float:
+    """The file does not hold query_pre_attn_scalar: llama.cpp tells the 27B models, which have one of their own, by their depth."""
+    own = common["num_layers"] == layers_of_27b and common["num_heads"] > 0
+    scalar = common["hidden_size"] / common["num_heads"] if own else common["head_dim"]
+    return float(scalar**-0.5) if scalar > 0 else 1.0
+
+
 _B, _L = "blk.{i}", "layers.{i}"
 
 
@@ -135,12 +184,21 @@ _RULES = (
     Rule("output.weight", ("head.weight",)),
 )
 
+_SANDWICH = (
+    *_RULES,
+    Rule(f"{_B}.post_attention_norm.weight", (f"{_L}.attn_post_norm.weight",)),
+    Rule(f"{_B}.post_ffw_norm.weight", (f"{_L}.mlp_post_norm.weight",)),
+)
+
 GGUF_FAMILIES = {
     family.architecture: family
     for family in (
         GgufFamily("llama", "llama", _llama_config, _RULES, interleaved=True),
         GgufFamily("qwen2", "qwen2", _qwen_config, _RULES),
         GgufFamily("qwen3", "qwen3", _qwen_config, _RULES),
+        GgufFamily("gemma", "gemma", _gemma_config, _RULES, norms_hold_one=True),
+        GgufFamily("gemma2", "gemma2", _gemma2_config, _SANDWICH, norms_hold_one=True),
+        GgufFamily("gemma3", "gemma3", _gemma3_config, _SANDWICH, norms_hold_one=True),
     )
 }
 

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from llmctl.core.errors import InputError
+from llmctl.core.families.gguf_sentencepiece import sentencepiece_backend
 from llmctl.core.tokenizer import Tokenizer
 
 _LLAMA3 = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -43,18 +44,22 @@ PRE_TOKENIZERS: dict[str, _PreTokenizer] = {
 def tokenizer_from_gguf(metadata: Mapping[str, Any], *, where: str) -> Tokenizer:
     """The tokenizer that `metadata` describes, with its chat template. Raises InputError for a kind that is not supported."""
     kind = metadata.get("tokenizer.ggml.model")
-    if kind != "gpt2":
-        raise InputError(f"{where}: the tokenizer is of kind {kind!r}; only byte-level BPE ('gpt2') is supported")
+    if kind not in ("gpt2", "llama"):
+        raise InputError(f"{where}: the tokenizer is of kind {kind!r}; supported are byte-level BPE ('gpt2') and SentencePiece ('llama')")
     tokens = _strings(metadata, "tokenizer.ggml.tokens", where)
-    name = metadata.get("tokenizer.ggml.pre", "default")
-    if name not in PRE_TOKENIZERS:
-        raise InputError(f"{where}: the pre-tokenizer {name!r} is not supported; the supported ones are {', '.join(PRE_TOKENIZERS)}")
-    rule = PRE_TOKENIZERS[name]
     special = {key: _token(metadata, f"tokenizer.ggml.{key}_token_id", tokens, where) for key in ("bos", "eos", "padding")}
-    adds_bos = metadata.get("tokenizer.ggml.add_bos_token", rule.adds_bos)
-    backend = _byte_level_bpe(tokens, _strings(metadata, "tokenizer.ggml.merges", where), rule, where)
+    if kind == "llama":
+        backend = sentencepiece_backend(metadata, tokens, where=where)
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", True)
+    else:
+        name = metadata.get("tokenizer.ggml.pre", "default")
+        if name not in PRE_TOKENIZERS:
+            raise InputError(f"{where}: the pre-tokenizer {name!r} is not supported; the supported ones are {', '.join(PRE_TOKENIZERS)}")
+        rule = PRE_TOKENIZERS[name]
+        backend = _byte_level_bpe(tokens, _merges(metadata, where), rule, where)
+        adds_bos = metadata.get("tokenizer.ggml.add_bos_token", rule.adds_bos)
     _add_special(backend, tokens, metadata.get("tokenizer.ggml.token_type"))
-    _set_post_processor(backend, special["bos"] if adds_bos is True else None)
+    _set_post_processor(backend, special["bos"] if adds_bos is True else None, byte_level=kind == "gpt2")
     template = metadata.get("tokenizer.chat_template")
     return Tokenizer.from_parts(
         backend,
@@ -88,19 +93,23 @@ def _token(metadata: Mapping[str, Any], key: str, tokens: list[str], where: str)
     return tokens[value]
 
 
-def _byte_level_bpe(tokens: list[str], merges: list[str], rule: _PreTokenizer, where: str) -> Any:
+def _merges(metadata: Mapping[str, Any], where: str) -> list[tuple[str, str]]:
+    pairs = []
+    for merge in _strings(metadata, "tokenizer.ggml.merges", where):
+        left, space, right = merge[1:].partition(" ")  # a token may begin with a space, but is not empty
+        if not space or not right:
+            raise InputError(f"{where}: {merge[:40]!r} in tokenizer.ggml.merges is not two tokens")
+        pairs.append((merge[0] + left, right))
+    return pairs
+
+
+def _byte_level_bpe(tokens: list[str], pairs: list[tuple[str, str]], rule: _PreTokenizer, where: str) -> Any:
     from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers
     from tokenizers import Tokenizer as Backend
 
     vocab: dict[str, int] = {}
     for i, token in enumerate(tokens):
         vocab.setdefault(token, i)  # of two equal tokens the first is the one that text gives
-    pairs = []
-    for merge in merges:
-        left, space, right = merge[1:].partition(" ")  # a token may begin with a space, but is not empty
-        if not space or not right:
-            raise InputError(f"{where}: {merge[:40]!r} in tokenizer.ggml.merges is not two tokens")
-        pairs.append((merge[0] + left, right))
     try:
         backend = Backend(models.BPE(vocab=vocab, merges=pairs, fuse_unk=False, byte_fallback=False, ignore_merges=rule.ignore_merges))
     except Exception as error:  # tokenizers raises bare Exception, e.g. for a merge of tokens that the vocabulary lacks
@@ -117,22 +126,25 @@ def _byte_level_bpe(tokens: list[str], merges: list[str], rule: _PreTokenizer, w
 
 
 def _add_special(backend: Any, tokens: list[str], types: Any) -> None:
+    """Control tokens are special; user-defined ones are matched whole, where the vocabulary spells them as the file does."""
     from tokenizers import AddedToken
 
     if not isinstance(types, list) or len(types) != len(tokens):
         return
     named = {kind: [token for token, t in zip(tokens, types, strict=True) if t == kind] for kind in (_CONTROL, _USER_DEFINED)}
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in named[_CONTROL]])
-    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in named[_USER_DEFINED]])
+    known = [token for token in named[_USER_DEFINED] if backend.token_to_id(token) is not None]
+    backend.add_tokens([AddedToken(token, special=False, normalized=False) for token in known])
 
 
-def _set_post_processor(backend: Any, bos: str | None) -> None:
+def _set_post_processor(backend: Any, bos: str | None, *, byte_level: bool) -> None:
     from tokenizers import processors
 
-    steps: list[Any] = [processors.ByteLevel(trim_offsets=False)]
+    steps: list[Any] = [processors.ByteLevel(trim_offsets=False)] if byte_level else []
     if bos is not None:
         template = processors.TemplateProcessing(
             single=f"{bos} $A", pair=f"{bos} $A {bos} $B:1", special_tokens=[(bos, backend.token_to_id(bos))]
         )
         steps.append(template)
-    backend.post_processor = processors.Sequence(steps) if len(steps) > 1 else steps[0]
+    if steps:
+        backend.post_processor = processors.Sequence(steps) if len(steps) > 1 else steps[0]

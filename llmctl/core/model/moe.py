@@ -33,7 +33,7 @@ class RoutedMlp(nn.Module):
         order = chosen.flatten().argsort(stable=True)  # the N * k pairs of token and expert, expert by expert
         tokens = order // self._num_active
         counts = torch.bincount(chosen.flatten(), minlength=len(self.experts)).tolist()
-        groups = flat[tokens].split(counts)
+        groups = torch.split(flat[tokens], counts)
         outputs = [expert(group) for expert, group in zip(self.experts, groups, strict=True) if len(group)]
         if not outputs:
             return x.clone()  # no token, no expert

@@ -144,7 +144,10 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
             "hidden_act": "gelu",
         },
     ),
-    "gemma2-windows": ("gemma2", {**_TRUNK, **_PAD, "num_key_value_heads": 2, "head_dim": 16, "sliding_window": 5, **_CAPS}),
+    "gemma2-windows": (
+        "gemma2",
+        {**_TRUNK, **_PAD, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16, "sliding_window": 5, **_CAPS},
+    ),
     "gemma2-scale-untied": (
         "gemma2",
         {
