@@ -32,7 +32,7 @@ _llmctl() {
     local words='' values='' argument=''
     case $path in
         '')
-            words='pretrain finetune generate eval tokenize --version -h --help'
+            words='pretrain finetune generate eval export tokenize --version -h --help'
             ;;
         'pretrain')
             words='--data --val-data --out-dir -o --output-dir --depth --model-config --model -m --family --seq-len --max-seq-length --seed --max-steps --max-tokens --epochs --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --eval-every --eval-tokens --sample-every --sample-prompt --sample-tokens --save-every --log-every --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-full --dry-run --no-dry-run --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
@@ -65,10 +65,10 @@ _llmctl() {
             esac
             ;;
         'generate')
-            words='--prompt -p --prompt-file -f --system --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --model -m --tokenizer --max-new-tokens -n --max-tokens --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --num-beams --length-penalty --early-stopping --input -i --output -o --overwrite --no-overwrite --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--prompt -p --prompt-file -f --system --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --model -m --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --logprobs --stats --no-stats --input -i --output -o --overwrite --no-overwrite --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='any'
             case $prev in
-                --prompt|-p|--system|--max-new-tokens|-n|--max-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--num-beams|--length-penalty|--batch-size|-b|--threads) values='any' ;;
+                --prompt|-p|--system|--max-new-tokens|-n|--max-tokens|--min-new-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--best-of|--num-beams|--length-penalty|--logprobs|--batch-size|-b|--threads) values='any' ;;
                 --prompt-file|-f|--chat-template|--model|-m|--tokenizer|--input|-i|--output|-o|--config|-c) values='file' ;;
                 --truncate) values='left right' ;;
                 --early-stopping) values='true false never' ;;
@@ -88,6 +88,17 @@ _llmctl() {
                 --data|--cache-dir) values='dir' ;;
                 --device) values='auto cpu cuda mps' ;;
                 --dtype|--precision) values='float32 f32 bfloat16 bf16 float16 f16' ;;
+                --quant) values='int8 int4' ;;
+            esac
+            ;;
+        'export')
+            words='--output -o --out-dir --output-dir --format --overwrite --no-overwrite --verify --no-verify --max-shard-size --binary --no-binary --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            argument='file'
+            case $prev in
+                --output|-o|--out-dir|--output-dir|--config|-c) values='file' ;;
+                --format) values='hf gguf quant word2vec' ;;
+                --max-shard-size|--threads) values='any' ;;
+                --dtype|--precision) values='float32 f32 bfloat16 bf16 float16 f16 q8_0 q4_0' ;;
                 --quant) values='int8 int4' ;;
             esac
             ;;

@@ -19,6 +19,7 @@ import llmctl
 PACKAGE = Path(llmctl.__file__).parent
 
 FLOORS = {
+    "card": 0,
     "config": 0,
     "errors": 0,
     "files": 0,
@@ -37,6 +38,7 @@ FLOORS = {
     "infer": 4,
     "train": 5,
     "evals": 5,
+    "export": 5,
 }
 CLI_FLOOR = 6
 HEAVY = {"torch", "transformers", "rich", "numpy", "tokenizers", "safetensors", "huggingface_hub", "jinja2"}
@@ -178,7 +180,7 @@ def complaints(module: str, source: str, *, is_package: bool = False) -> list[st
 
 
 def test_the_commands_are_loaded_at_start() -> None:
-    assert {f"llmctl.cli.{name}" for name in ("tokenize", "pretrain", "finetune", "generate", "eval", "options")} <= AT_START
+    assert {f"llmctl.cli.{name}" for name in ("tokenize", "pretrain", "finetune", "generate", "eval", "export", "options")} <= AT_START
 
 
 @pytest.mark.parametrize("module", MODULES)

@@ -42,7 +42,7 @@ STARTS = [
     ([], 2),
     (["--no-such-flag"], 2),
     (["no-such-command"], 2),
-    *[([command, "--help"], 0) for command in ("tokenize", "pretrain", "finetune", "generate", "eval")],
+    *[([command, "--help"], 0) for command in ("tokenize", "pretrain", "finetune", "generate", "eval", "export")],
     (["generate", "--no-such-flag"], 2),
     (["pretrain", "--max-steps", "many"], 2),
 ]

@@ -12,7 +12,7 @@ import typer
 from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import eval, finetune, generate, pretrain, tokenize
+from llmctl.cli import eval, export, finetune, generate, pretrain, tokenize
 from llmctl.cli.options import CONTEXT_SETTINGS, debug_requested
 from llmctl.cli.shell import PROGRAM, stderr_line
 from llmctl.cli.signals import die_by
@@ -24,7 +24,7 @@ Exit codes: 0 done · 1 failed · 2 usage or config error, nothing was created �
 4 bad, corrupt or unsafe input · 5 could not write · 6 not finite · 7 quality gate not met · 10 not found ·
 11 locked by another run · 129/130/143 ended by HUP/INT/TERM · 141 the reader of stdout went away"""
 
-_ORDER = ("tokenize", "pretrain", "finetune", "generate", "eval")
+_ORDER = ("tokenize", "pretrain", "finetune", "generate", "eval", "export")
 
 
 class _Program(TyperGroup):
@@ -38,7 +38,7 @@ class _Program(TyperGroup):
 app = typer.Typer(
     cls=_Program,
     name=PROGRAM,
-    help="The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval.",
+    help="The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval, export.",
     epilog=EXIT_CODES,
     add_completion=False,
     invoke_without_command=True,
@@ -59,7 +59,7 @@ def _root(
     context: typer.Context,
     version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)] = False,
 ) -> None:
-    """The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval."""
+    """The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval, export."""
     if context.invoked_subcommand is None:
         stderr_line(context.get_help())
         raise typer.Exit(2)
@@ -70,6 +70,7 @@ pretrain.register(app)
 finetune.register(app)
 generate.register(app)
 eval.register(app)
+export.register(app)
 
 
 def main() -> None:

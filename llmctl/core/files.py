@@ -72,6 +72,38 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
                 os.unlink(temp)
 
 
+@contextlib.contextmanager
+def atomic_path(path: Path) -> Iterator[Path]:
+    """A temporary name of the same suffix, for a writer that opens its file itself; it becomes `path` when the block ends well.
+
+    Raises as `atomic_write` does.
+    """
+    path = Path(path)
+    temp: Path | None = None
+    try:
+        try:
+            fd, name = tempfile.mkstemp(prefix=TEMP_PREFIX, suffix=path.suffix, dir=path.parent)
+        except (FileNotFoundError, NotADirectoryError, PermissionError) as error:
+            raise _cannot_create(path, error) from error
+        temp = Path(name)
+        os.close(fd)
+        yield temp
+        with open(temp, "rb+") as file:
+            _apply_umask(file.fileno(), path)
+            os.fsync(file.fileno())
+        os.replace(temp, path)
+        temp = None
+        fsync_dir(path.parent)
+    except OSError as error:
+        if is_write_failure(error):
+            raise write_error(error, path=path) from error
+        raise
+    finally:
+        if temp is not None:
+            with contextlib.suppress(OSError):
+                os.unlink(temp)
+
+
 def _cannot_create(path: Path, error: OSError) -> UsageError:
     return UsageError(f"cannot create {path}: {error.strerror}; choose a folder that exists and that you may write to")
 

@@ -1,0 +1,1 @@
+"""Models into other formats, each read back and compared. Knows checkpoints; knows no training and no command."""
