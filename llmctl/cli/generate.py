@@ -2,19 +2,25 @@
 
 import secrets
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import typer
 
+from llmctl.cli.generate_stats import Stats
+from llmctl.cli.generate_view import TextView
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
-from llmctl.cli.streams import decode_utf8, out, read_stdin, stdin_has_input, stdin_is_terminal
+from llmctl.cli.streams import decode_utf8, read_stdin, stdin_has_input, stdin_is_terminal
 from llmctl.core.config.generate import GenerateConfig
-from llmctl.core.errors import InputError, Interrupted, LlmctlError, NotFoundError, UsageError
+from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+    from llmctl.core.infer.events import Event
     from llmctl.core.infer.generator import Generator
+    from llmctl.core.infer.prompting import Prompt
 
 BUILT_IN_MODEL = "storyteller"
 MAX_PROMPT_BYTES = 4 << 20
@@ -40,24 +46,29 @@ def run(config: GenerateConfig, shell: Shell) -> None:
         run_job(config, shell)
         return
     text = read_prompt(config)
-    generator = open_generator(config, num_slots=min(config.num_samples, config.batch_size))
+    if config.show_prompt:
+        from llmctl.cli.generate_prompt import show_prompt
+
+        show_prompt(config, shell, text)
+        return
+    if config.logprobs is not None and not shell.json:
+        raise UsageError("--logprobs needs --json: they have no place in plain text")
+    stats = Stats()
+    generator = open_generator(config, num_slots=min(max(config.num_samples, config.best_of or 1), config.batch_size))
     if config.num_beams > 1:
-        _search(config, shell, generator, text)
+        _search(config, shell, generator, text, stats)
     else:
-        _sample(config, shell, generator, text)
+        _sample(config, shell, generator, text, stats)
 
 
 def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
     """Load what the flags name."""
-    template = None
-    if config.chat_template is not None:
-        template = decode_utf8(_read_file(config.chat_template, "--chat-template"), where=f"--chat-template {config.chat_template}")
     from llmctl.core.infer.generator import Generator
 
     return Generator.open(
         config.model or BUILT_IN_MODEL,
         tokenizer=config.tokenizer,
-        chat_template=template,
+        chat_template=read_template(config),
         device=config.device,
         dtype=config.dtype,
         quant=config.quant,  # type: ignore[arg-type]  # checked by its choices
@@ -68,6 +79,13 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         allow_special=config.allow_special,
         truncate=config.truncate,  # type: ignore[arg-type]  # checked by its choices
     )
+
+
+def read_template(config: GenerateConfig) -> str | None:
+    """The chat template of --chat-template."""
+    if config.chat_template is None:
+        return None
+    return decode_utf8(_read_file(config.chat_template, "--chat-template"), where=f"--chat-template {config.chat_template}")
 
 
 def read_prompt(config: GenerateConfig) -> str:
@@ -121,7 +139,8 @@ def draw_seed() -> int:
     return secrets.randbelow(1 << 32)
 
 
-def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> None:
+def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: str, stats: Stats) -> None:
+    from llmctl.core.infer.best import best_of
     from llmctl.core.infer.defaults import merged
     from llmctl.core.infer.events import Failed, Finished, TokenOut, Warned
 
@@ -129,17 +148,34 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
     seed = config.seed if config.seed is not None else draw_seed()
     prompt = _prompt(config, shell, generator, text)
     shell.detail(generator.description)
-    if params.is_greedy and config.num_samples > 1:
+    num_made = max(config.num_samples, config.best_of or 1)
+    if params.is_greedy and num_made > 1:
         shell.warn("all samples will be equal: with --temperature 0 nothing is drawn at random")
     if config.seed is None and not params.is_greedy:
         shell.note(f"seed {seed}")
     requests = [
-        generator.request_for(prompt, id=1, sample_index=index, seed=seed, stop=config.stop, params=params)
-        for index in range(config.num_samples)
+        generator.request_for(
+            prompt,
+            id=1,
+            sample_index=index,
+            seed=seed,
+            stop=config.stop,
+            params=params,
+            num_logprobs=0 if config.logprobs is None and config.best_of is not None else config.logprobs,
+            ignore_eos=config.ignore_eos,
+            min_new_tokens=config.min_new_tokens or 0,
+        )
+        for index in range(num_made)
     ]
-    view = _View(config, shell, echo=text if config.echo else None)
+    view = _view(config, shell, text, generator)
+    stats.start(num_prompt_tokens=len(prompt.ids))
     with stop_flag() as stop:
-        for event in generator.engine.run(requests, stop=stop):
+        events = generator.engine.run(requests, stop=stop)
+        if config.stats:
+            events = _timed(events, stats)
+        if config.best_of is not None:
+            events = best_of(events, num_made=num_made, num_kept=config.num_samples)
+        for event in events:
             if isinstance(event, TokenOut):
                 view.token(event)
             elif isinstance(event, Finished):
@@ -148,10 +184,31 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
                 shell.warn(event.message)
             elif isinstance(event, Failed):
                 raise LlmctlError(f"{event.error}; use a shorter prompt, fewer new tokens or a smaller model")
-        view.close(stop())
+        signal_number = stop()
+    if config.stats:
+        stats.tell()
+    view.close(signal_number)
 
 
-def _search(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> None:
+def _timed(events: "Iterator[Event]", stats: Stats) -> "Iterator[Event]":
+    from llmctl.core.infer.events import TokenOut
+
+    for event in events:
+        if isinstance(event, TokenOut):
+            stats.token()
+        yield event
+
+
+def _view(config: GenerateConfig, shell: Shell, text: str, generator: "Generator") -> TextView:
+    return TextView(
+        shell,
+        num_samples=config.num_samples,
+        echo=text if config.echo else None,
+        token_text=None if config.logprobs is None else generator.tokenizer.token_text,
+    )
+
+
+def _search(config: GenerateConfig, shell: Shell, generator: "Generator", text: str, stats: Stats) -> None:
     from llmctl.core.infer.beam import BeamParams
     from llmctl.core.infer.events import Finished
 
@@ -164,96 +221,30 @@ def _search(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
         early_stopping=config.early_stopping,  # type: ignore[arg-type]  # checked by its choices
         repetition_penalty=penalty,
     )
-    view = _View(config, shell, echo=text if config.echo else None)
+    view = _view(config, shell, text, generator)
+    stats.start(num_prompt_tokens=len(prompt.ids))
     with stop_flag() as stop:
         for event in generator.search(prompt, params, num_texts=config.num_samples, stop=stop):
             if isinstance(event, Finished):
                 view.finished(event, seed=None)
-        view.close(stop())
+            else:
+                stats.token()
+        signal_number = stop()
+    if config.stats:
+        stats.tell()
+    view.close(signal_number)
 
 
-def _prompt(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> Any:
+def _prompt(config: GenerateConfig, shell: Shell, generator: "Generator", text: str) -> "Prompt":
     prompt = generator.prompter.from_text(text, max_new_tokens=config.max_new_tokens)
+    warn_of_cut(prompt, config, shell)
+    return prompt
+
+
+def warn_of_cut(prompt: "Prompt", config: GenerateConfig, shell: Shell) -> None:
+    """Say how much of a prompt was cut off, if any."""
     if prompt.num_cut:
         shell.warn(
             f"the prompt of {len(prompt.ids) + prompt.num_cut:,} tokens was cut to {len(prompt.ids):,} on the {config.truncate}, "
             f"to leave room for {prompt.max_new_tokens:,} new ones"
         )
-    return prompt
-
-
-class _View:
-    """Shows texts: the first one that is not done as it grows, the others when their turn comes; or JSON, one line a text."""
-
-    def __init__(self, config: GenerateConfig, shell: Shell, *, echo: str | None) -> None:
-        self._json, self._num_samples, self._echo, self._shell = shell.json, config.num_samples, echo, shell
-        self._turn = 0
-        self._grown: dict[int, str] = {}
-        self._done: dict[int, Any] = {}
-        self._num_shown = 0
-        self._num_tokens = 0
-
-    def token(self, event: Any) -> None:
-        """A token came."""
-        self._num_tokens += 1
-        if self._json or not event.text:
-            return
-        self._grown[event.sample_index] = self._grown.get(event.sample_index, "") + event.text
-        if event.sample_index == self._turn:
-            self._show(self._grown[event.sample_index])
-
-    def finished(self, event: Any, *, seed: int | None) -> None:
-        """A text is done."""
-        if self._json:
-            out.write(_json_line(event, seed=seed, num_samples=self._num_samples, echo=self._echo))
-            return
-        self._done[event.sample_index] = event
-        while self._turn in self._done:
-            self._end(self._done.pop(self._turn).text)
-
-    def _show(self, text: str) -> None:
-        """Bring the text whose turn it is up to `text`."""
-        if self._num_shown == 0 and self._echo is not None:
-            out.write(self._echo, flush=False)
-            self._echo_shown = True
-        out.write(text[self._num_shown :])
-        self._num_shown = len(text)
-
-    def _end(self, text: str) -> None:
-        self._show(text)
-        out.write("" if text.endswith("\n") else "\n")
-        self._turn, self._num_shown = self._turn + 1, 0
-        if self._turn < self._num_samples:
-            out.write("---\n")
-            if self._grown.get(self._turn):
-                self._show(self._grown[self._turn])
-
-    def close(self, signal_number: int | None) -> None:
-        """Everything has been shown. Raises Interrupted when a signal ended it."""
-        out.flush()
-        if signal_number is not None:
-            raise Interrupted(f"interrupted after {self._num_tokens} tokens", signal_number=signal_number)
-        self._shell.detail(f"{self._num_tokens} tokens")
-
-
-def _json_line(event: Any, *, seed: int | None, num_samples: int, echo: str | None) -> bytes:
-    from llmctl.core.infer.results import to_line
-
-    row: dict[str, Any] = {"id": event.id}
-    if num_samples > 1:
-        row["sample"] = event.sample_index
-    if echo is not None:
-        row["prompt"] = echo
-    row |= {
-        "text": event.text,
-        "finish": event.finish,
-        "num_prompt_tokens": event.num_prompt_tokens,
-        "num_new_tokens": event.num_new_tokens,
-        "seed": seed,
-        "token_ids": list(event.token_ids),
-    }
-    if event.stop is not None:
-        row["stop"] = event.stop
-    if event.score is not None:
-        row["score"] = event.score
-    return to_line(row)

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmctl.cli.generate import draw_seed, open_generator
+from llmctl.cli.generate_stats import Stats
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import out, stdin_lines
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from llmctl.core.infer.generator import Generator
     from llmctl.core.infer.results import ResultFile
 
+_LATER = ("quant", "best_of", "logprobs", "ignore_eos", "min_new_tokens")
 _NUM_TOLD = 3
 """So many failures are told on stderr; all of them stand in the errors file."""
 
@@ -34,6 +36,7 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
     in_path, out_path = _check_files(config)
     from llmctl.core.infer.rows import file_lines, polled_lines
 
+    stats = Stats()
     with ExitStack() as stack:
         generator = open_generator(config, num_slots=config.batch_size)
         shell.detail(generator.description)
@@ -56,7 +59,7 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
             lines = polled_lines(sys.stdin.fileno()) if in_path is None else file_lines(stack.enter_context(in_path.open("rb")))
         if config.seed is None:
             shell.note(f"seed {seed}")
-        _answer(config, shell, generator, lines, seed, results, num_lines)
+        _answer(config, shell, generator, lines, seed, results, num_lines, stats)
 
 
 def _check_files(config: GenerateConfig) -> tuple[Path | None, Path | None]:
@@ -108,13 +111,14 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
         "chat_template": None if template is None else hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
         "system": config.system,
         "dtype": config.dtype,
-        **({} if config.quant is None else {"quant": config.quant}),  # not there otherwise: older jobs go on
         **asdict(merged(generator.params, config.given_sampling())),
         "stop": list(config.stop),
         "max_new_tokens": config.max_new_tokens,
         "num_samples": config.num_samples,
         "allow_special": config.allow_special,
         "truncate": config.truncate,
+        # not there unless given, so that jobs of before these settings go on
+        **{name: value for name in _LATER if (value := getattr(config, name)) not in (None, False)},
     }
 
 
@@ -133,6 +137,7 @@ def _answer(
     seed: int,
     results: "ResultFile | None",
     num_lines: int | None,
+    stats: Stats,
 ) -> None:
     from llmctl.core.infer.batch import BatchFinished, BatchSettings, RowDone, RowFailed, run_batch
     from llmctl.core.infer.defaults import merged
@@ -144,12 +149,18 @@ def _answer(
         stop=config.stop,
         max_new_tokens=config.max_new_tokens,
         num_samples=config.num_samples,
+        best_of=config.best_of,
+        num_logprobs=config.logprobs,
+        ignore_eos=config.ignore_eos,
+        min_new_tokens=config.min_new_tokens or 0,
     )
-    first_error, num_failed, started_s = "", 0, time.monotonic()
+    first_error, num_failed, num_prompt_tokens, started_s = "", 0, 0, time.monotonic()
+    stats.start()
     with stop_flag() as stop, _Progress(shell, num_lines, config.num_samples, len(results.done) if results else 0) as progress:
         for event in run_batch(lines, generator, settings, results=results, stop=stop):
             if isinstance(event, RowDone):
                 progress.row(event.num_new_tokens)
+                num_prompt_tokens += event.num_prompt_tokens
             elif isinstance(event, RowFailed):
                 progress.row(0)
                 num_failed += 1
@@ -165,6 +176,8 @@ def _answer(
             elif isinstance(event, BatchFinished):
                 summary = event
         signal_number = stop()
+    if config.stats:
+        stats.tell_batch(num_prompt_tokens=num_prompt_tokens, num_new_tokens=summary.num_new_tokens)
     _conclude(summary, shell, config, results, first_error, signal_number, elapsed_s=time.monotonic() - started_s)
 
 

@@ -1,7 +1,5 @@
 """`llmctl generate` as people run it: prompts, streams, exit codes, batches that are killed. Rows G01-G20 and A05-A12 of the faults."""
 
-import contextlib
-import io
 import json
 import os
 import pty
@@ -9,68 +7,17 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from llmctl.cli.main import run
+from tests.cli.generate_tools import Result
 from tests.cli.tiny_model import TEMPLATE, make_model
 
 PROGRAM = [sys.executable, "-m", "llmctl", "generate"]
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module")
-def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("model"))
-
-
-@pytest.fixture(scope="module")
-def chat_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_model(tmp_path_factory.mktemp("chat"), template=TEMPLATE)
-
-
-class Result:
-    """What one command left."""
-
-    def __init__(self, code: int, stdout: bytes, stderr: str) -> None:
-        self.code, self.bytes, self.err = code, stdout, stderr
-        assert "Traceback" not in stderr, stderr
-
-    @property
-    def out(self) -> str:
-        return self.bytes.decode()
-
-    @property
-    def rows(self) -> list[dict[str, Any]]:
-        return [json.loads(line) for line in self.bytes.splitlines()]
-
-    @property
-    def last(self) -> str:
-        return self.err.rstrip("\n").rsplit("\n", 1)[-1]
-
-
-@pytest.fixture
-def llmctl(monkeypatch: pytest.MonkeyPatch, capfdbinary: pytest.CaptureFixture[bytes], tmp_path: Path) -> Iterator[Callable[..., Result]]:
-    """Run the command in this process; `stdin` None is /dev/null, bytes are a pipe's."""
-    for name in [name for name in os.environ if name.startswith("LLMCTL_")]:
-        monkeypatch.delenv(name)
-    with contextlib.ExitStack() as stack:
-
-        def call(*arguments: object, stdin: bytes | None = None) -> Result:
-            file = tmp_path / "stdin"
-            file.write_bytes(stdin or b"")
-            source = stack.enter_context(open(file if stdin is not None else os.devnull, "rb"))
-            monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(source))
-            capfdbinary.readouterr()
-            code = run(["generate", *map(str, arguments)])
-            sys.stdout.flush()
-            captured = capfdbinary.readouterr()
-            return Result(code, captured.out, captured.err.decode())
-
-        yield call
 
 
 def shell(*arguments: object, **options: Any) -> "subprocess.Popen[bytes]":

@@ -7,7 +7,7 @@ from typing import Any
 from llmctl.core.config.fields import check_fields, option
 from llmctl.core.errors import UsageError
 
-_PROMPT, _MODEL, _CHOICE, _BATCH, _MACHINE = "Prompt", "Model", "Choice of tokens", "Batch", "Machine"
+_PROMPT, _MODEL, _CHOICE, _OUTPUT, _BATCH, _MACHINE = "Prompt", "Model", "Choice of tokens", "Output", "Batch", "Machine"
 
 ROW_PARAMETERS = (
     "temperature",
@@ -20,7 +20,11 @@ ROW_PARAMETERS = (
 )
 """Sampling settings that a row of a batch may have too, under the same names."""
 
-_NOT_WITH_BEAMS = ("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input")
+_NOT_WITH_BEAMS = (
+    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input"),
+    *("min_new_tokens", "ignore_eos", "best_of", "logprobs"),
+)
+_NOT_WITH_SHOW_PROMPT = ("input", "echo", "stats", "logprobs", "best_of")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,6 +54,7 @@ class GenerateConfig:
         panel=_PROMPT,
     )
     echo: bool = option(False, "Print the prompt before the text.", panel=_PROMPT)
+    show_prompt: bool = option(False, "Show the tokens that the model would read, one a line, and stop.", panel=_PROMPT)
 
     model: str | None = option(
         None, "Folder, .gguf file, hub id or built-in name. [default: $LLMCTL_MODEL, else storyteller]", "-m", panel=_MODEL
@@ -67,6 +72,10 @@ class GenerateConfig:
         maximum=1 << 31,
         panel=_CHOICE,
     )
+    min_new_tokens: int | None = option(
+        None, "Choose no end-of-sequence token before so many tokens.", minimum=1, maximum=1 << 31, panel=_CHOICE
+    )
+    ignore_eos: bool = option(False, "Go on after an end-of-sequence token.", panel=_CHOICE)
     temperature: float | None = option(
         None,
         "Divide the logits by this; 0 takes the most likely token. [default: the model's generation_config.json, else 0.8]",
@@ -107,6 +116,13 @@ class GenerateConfig:
         None, "Seed of the random choices. [default: drawn, and printed on stderr]", minimum=0, maximum=2**63 - 1, panel=_CHOICE
     )
     num_samples: int = option(1, "How many texts to make of a prompt.", minimum=1, maximum=100_000, panel=_CHOICE)
+    best_of: int | None = option(
+        None,
+        "Make so many texts and keep the NUM_SAMPLES whose tokens are the most probable on average.",
+        minimum=1,
+        maximum=100_000,
+        panel=_CHOICE,
+    )
     num_beams: int = option(
         1, "Search for the most probable text with so many beams; 1 chooses token by token.", minimum=1, maximum=1024, panel=_CHOICE
     )
@@ -117,6 +133,15 @@ class GenerateConfig:
         choices=("true", "false", "never"),
         panel=_CHOICE,
     )
+
+    logprobs: int | None = option(
+        None,
+        "With --json or --input: tell each token's log-probability and those of the N most likely ones.",
+        minimum=0,
+        maximum=1000,
+        panel=_OUTPUT,
+    )
+    stats: bool = option(False, "Speed, time to the first token and peak memory on stderr at the end.", panel=_OUTPUT)
 
     input: str | None = option(
         None, "Batch: JSONL with a prompt or messages in each row, or - for stdin.", "-i", metavar="FILE", panel=_BATCH
@@ -148,27 +173,33 @@ class GenerateConfig:
         if self.text is not None and self.prompt is not None:
             raise UsageError("both PROMPT and --prompt are given; one of them is enough")
         if self.input is not None:
-            for name in ("text", "prompt", "prompt_file", "echo"):
-                if getattr(self, name):
-                    flag = "PROMPT" if name == "text" else "--" + name.replace("_", "-")
-                    raise UsageError(f"{flag} does not go with --input: the rows hold the prompts")
+            self._refuse_beside("--input", ("text", "prompt", "prompt_file", "echo"), "the rows hold the prompts")
         elif self.output is not None:
             raise UsageError("--output needs --input; the text of a single prompt goes to stdout, so use `> file`")
         if self.chat is False and self.system is not None:
             raise UsageError("--system needs the chat template, but --raw leaves it out; drop one of the two")
         if self.chat is False and self.chat_template is not None:
             raise UsageError("--chat-template does not go with --raw; drop one of the two")
+        if self.best_of is not None and self.best_of < self.num_samples:
+            raise UsageError(f"--best-of {self.best_of} is less than --num-samples {self.num_samples}; the kept texts are among those made")
+        if self.min_new_tokens is not None and self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
+            raise UsageError(f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}")
+        if self.show_prompt:
+            self._refuse_beside("--show-prompt", _NOT_WITH_SHOW_PROMPT, "it shows one prompt and makes no text")
         if "" in self.stop:
             raise UsageError("--stop: an empty string would stop at once; give some text")
         if self.num_beams > 1:
             self._check_beams()
 
+    def _refuse_beside(self, flag: str, names: tuple[str, ...], reason: str) -> None:
+        for name in names:
+            value = getattr(self, name)
+            if value is not None and value is not False and value != ():
+                other = "PROMPT" if name == "text" else "--" + name.replace("_", "-")
+                raise UsageError(f"{other} does not go with {flag}: {reason}")
+
     def _check_beams(self) -> None:
-        for name in _NOT_WITH_BEAMS:
-            if getattr(self, name) not in (None, ()):
-                raise UsageError(
-                    f"--{name.replace('_', '-')} does not go with --num-beams: beam search draws nothing at random and takes one prompt"
-                )
+        self._refuse_beside("--num-beams", _NOT_WITH_BEAMS, "beam search draws nothing at random and takes one prompt")
         if self.num_samples > self.num_beams:
             raise UsageError(
                 f"--num-samples {self.num_samples}: a search with --num-beams {self.num_beams} ends with {self.num_beams} texts at most"

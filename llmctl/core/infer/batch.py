@@ -7,10 +7,12 @@ from pathlib import Path
 from typing import IO, Any
 
 from llmctl.core.errors import LlmctlError
+from llmctl.core.infer.best import best_of
 from llmctl.core.infer.defaults import merged
 from llmctl.core.infer.engine import never_stop
 from llmctl.core.infer.events import Failed, Finished, Request, Warned
 from llmctl.core.infer.generator import Generator
+from llmctl.core.infer.logprobs import logprob_rows
 from llmctl.core.infer.results import ResultFile, result_key
 from llmctl.core.infer.rows import BadRow, Row, id_key, parse_row
 from llmctl.core.infer.sampler import SamplingParams
@@ -25,6 +27,7 @@ class RowDone:
     """A result is there (and in the result file, if there is one)."""
 
     row: Mapping[str, Any]
+    num_prompt_tokens: int
     num_new_tokens: int
 
 
@@ -59,6 +62,16 @@ class BatchSettings:
     stop: tuple[str, ...] = ()
     max_new_tokens: int | None = None
     num_samples: int = 1
+    best_of: int | None = None
+    """Make so many texts of each row and keep the `num_samples` best, see `best`."""
+    num_logprobs: int | None = None
+    ignore_eos: bool = False
+    min_new_tokens: int = 0
+
+    @property
+    def num_made(self) -> int:
+        """Texts made of each row."""
+        return self.num_samples if self.best_of is None else self.best_of
 
 
 @dataclass
@@ -84,12 +97,16 @@ def run_batch(
     texts under way are dropped: they are made again by the next run. Raises WriteError and NonFiniteError.
     """
     job = _Job(generator, settings, results)
-    for event in generator.engine.run(job.requests(lines), stop=stop):
+    events = generator.engine.run(job.requests(lines), stop=stop)
+    if settings.best_of is not None:
+        events = best_of(events, num_made=settings.best_of, num_kept=settings.num_samples)
+    for event in events:
         if isinstance(event, Finished):
-            if event.finish != "interrupted":
+            if event.finish != "interrupted" and job.awaits(event):
                 yield job.done(event)
         elif isinstance(event, Failed):
-            yield job.failed(event)
+            if job.awaits(event):
+                yield job.failed(event)
         elif isinstance(event, Warned):
             yield event
         if results is not None:
@@ -137,9 +154,9 @@ class _Job:
             yield self._refused(row, f"line {row.line}: {error}")
             return
         self._num_cut += bool(num_cut)
-        for request in requests:
-            self._pending[result_key(row.id, request.sample_index)] = _Pending(row, num_cut, request.params.is_greedy)
-            yield request
+        for sample in samples:
+            self._pending[result_key(row.id, sample)] = _Pending(row, num_cut, requests[0].params.is_greedy)
+        yield from requests
 
     def _made(self, row: Row, samples: list[int]) -> tuple[list[Request], int]:
         settings, prompter = self._settings, self._generator.prompter
@@ -157,14 +174,21 @@ class _Job:
                 seed=settings.seed if row.seed is None else row.seed,
                 stop=settings.stop if row.stop is None else row.stop,
                 params=params,
+                num_logprobs=0 if settings.num_logprobs is None and settings.best_of is not None else settings.num_logprobs,
+                ignore_eos=settings.ignore_eos,
+                min_new_tokens=settings.min_new_tokens,
             )
-            for sample in samples
+            for sample in (samples if settings.best_of is None else range(settings.best_of))
         ]
         return requests, prompt.num_cut
 
     def _refused(self, row: Row | BadRow, error: str) -> Failed:
         self._refused_rows[row.line] = row
         return Failed(id=row.id, sample_index=0, error=error, line=row.line)
+
+    def awaits(self, event: Finished | Failed) -> bool:
+        """Whether the event's result is wanted: with best_of, an earlier run may have left some of a row's."""
+        return (isinstance(event, Failed) and event.line is not None) or result_key(event.id, event.sample_index) in self._pending
 
     def done(self, event: Finished) -> RowDone:
         """The result row of a finished text, appended."""
@@ -180,13 +204,17 @@ class _Job:
             "num_new_tokens": event.num_new_tokens,
             "seed": None if pending.is_greedy else event.seed,
         }
+        if event.score is not None:
+            row["score"] = event.score
+        if event.logprobs is not None and self._settings.num_logprobs is not None:
+            row["logprobs"] = logprob_rows(event.token_ids, event.logprobs, self._generator.tokenizer.token_text)
         if pending.num_cut:
             row["num_cut"] = pending.num_cut
         if self._results is not None:
             self._results.append(row)
         self._num_done += 1
         self._num_new_tokens += event.num_new_tokens
-        return RowDone(row=row, num_new_tokens=event.num_new_tokens)
+        return RowDone(row=row, num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
 
     def failed(self, event: Failed) -> RowFailed:
         """The error row of a request that failed, appended."""

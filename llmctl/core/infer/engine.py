@@ -119,6 +119,8 @@ class Engine:
             return f"the prompt holds a token id that the model of {self._executor.vocab_size:,} tokens lacks"
         if request.max_new_tokens < 1:
             return f"max_new_tokens is {request.max_new_tokens}, at least 1 is wanted"
+        if request.min_new_tokens > request.max_new_tokens:
+            return f"min_new_tokens is {request.min_new_tokens:,}, more than the {request.max_new_tokens:,} tokens that may come at most"
         if num_prompt + request.max_new_tokens > context:
             return f"{num_prompt:,} prompt tokens and {request.max_new_tokens:,} new ones exceed the model's context of {context:,}"
         return None
@@ -218,6 +220,7 @@ class Engine:
             token_index=text.num_new - 1,
             token_id=token,
             text=piece,
+            logprob=text.last_logprob,
         )
         if reason is not None:
             del self._active[slot]

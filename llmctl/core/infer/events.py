@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llmctl.core.infer.logprobs import TokenLogprob
 from llmctl.core.infer.sampler import SamplingParams
 
 FinishReason = Literal["eos", "stop", "length", "interrupted"]
@@ -23,6 +24,12 @@ class Request:
     sample_index: int = 0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    num_logprobs: int | None = None
+    """Tell each token's log-probability and those of so many most likely ones; None tells nothing, which costs nothing."""
+    ignore_eos: bool = False
+    """Go on after an end-of-sequence token, which is a token without text then."""
+    min_new_tokens: int = 0
+    """No end-of-sequence token is chosen before so many tokens are there."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -34,6 +41,7 @@ class TokenOut:
     token_index: int
     token_id: int
     text: str
+    logprob: TokenLogprob | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,6 +63,14 @@ class Finished:
     """The stop string that ended it."""
     score: float | None = None
     """Beam search: sum of log-probabilities divided by length ** length_penalty."""
+    logprobs: tuple[TokenLogprob, ...] | None = None
+    """One for each of `token_ids`, where the request asked for them."""
+
+    @property
+    def mean_logprob(self) -> float:
+        """Mean log-probability of the tokens, by which the best of several texts is chosen. Needs `logprobs`."""
+        assert self.logprobs is not None, "the request did not ask for log-probabilities"
+        return sum(item.logprob for item in self.logprobs) / max(len(self.logprobs), 1)
 
 
 @dataclass(frozen=True, kw_only=True)

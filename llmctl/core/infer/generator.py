@@ -113,7 +113,16 @@ class Generator:
 
     @staticmethod
     def request_for(
-        prompt: Prompt, *, id: int | str, sample_index: int, seed: int, stop: tuple[str, ...], params: SamplingParams
+        prompt: Prompt,
+        *,
+        id: int | str,
+        sample_index: int,
+        seed: int,
+        stop: tuple[str, ...],
+        params: SamplingParams,
+        num_logprobs: int | None = None,
+        ignore_eos: bool = False,
+        min_new_tokens: int = 0,
     ) -> Request:
         """A request from a prompt that is ready."""
         return Request(
@@ -124,6 +133,9 @@ class Generator:
             params=params,
             seed=seed,
             stop=stop,
+            num_logprobs=num_logprobs,
+            ignore_eos=ignore_eos,
+            min_new_tokens=min_new_tokens,
         )
 
     def search(

@@ -13,7 +13,7 @@ from llmctl.core.errors import InputError
 from llmctl.core.files import parse_json
 
 MAX_LINE_BYTES = 64 << 20
-RESULT_FIELDS = ("text", "finish", "num_prompt_tokens", "num_new_tokens", "num_cut", "sample", "error", "line")
+RESULT_FIELDS = ("text", "finish", "num_prompt_tokens", "num_new_tokens", "num_cut", "sample", "logprobs", "score", "error", "line")
 """Names that a result row gives meaning to; an input field of that name could not be carried."""
 
 _READ = ("id", "prompt", "messages", "system", "seed", "stop", "max_new_tokens", "max_tokens", *ROW_PARAMETERS)

@@ -7,8 +7,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.infer.events import Finished, FinishReason, Request
+from llmctl.core.infer.logprobs import TokenLogprob, token_logprob
 from llmctl.core.infer.penalties import History
-from llmctl.core.infer.sampler import sample, stream_key, uniform_at
+from llmctl.core.infer.sampler import check_finite, sample, stream_key, uniform_at
 from llmctl.core.infer.stopping import StopMatcher
 
 
@@ -51,6 +52,7 @@ class TextUnderWay:
         self._history = History(request.prompt_ids)
         self._decoder, self._matcher = tokenizer.stream(), StopMatcher(request.stop)
         self._pieces: list[str] = []
+        self._logprobs: list[TokenLogprob] = []
 
     @property
     def num_new(self) -> int:
@@ -79,16 +81,36 @@ class TextUnderWay:
         """
         params = self.request.params
         uniform = 0.0 if params.is_greedy else uniform_at(self.request.seed, self._key, self.num_new)
-        token = sample(logits, params, uniform, history=self._history)
+        token = sample(
+            self._without_end(logits) if self.num_new < self.request.min_new_tokens else logits, params, uniform, history=self._history
+        )
+        if self.request.num_logprobs is not None:
+            self._logprobs.append(token_logprob(logits, token, self.request.num_logprobs))
         self.tokens.append(token)
         self._history.add(token)
-        if token in self._eos_ids:
+        if token in self._eos_ids and not self.request.ignore_eos:
             return token, "", "eos"
-        piece = "" if token in self._special_ids else self._matcher.push(self._decoder.push(token))
+        is_text = token not in self._special_ids and token not in self._eos_ids
+        piece = self._matcher.push(self._decoder.push(token)) if is_text else ""
         self._pieces.append(piece)
         if self._matcher.matched is not None:
             return token, piece, "stop"
         return token, piece, "length" if self.num_new >= self.request.max_new_tokens else None
+
+    @property
+    def last_logprob(self) -> TokenLogprob | None:
+        """That of the last token, where the request asked for it."""
+        return self._logprobs[-1] if self._logprobs else None
+
+    def _without_end(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
+        """Logits (V,) of which no end-of-sequence token can be chosen."""
+        ends = [token for token in self._eos_ids if token < logits.shape[0]]
+        if not ends:
+            return logits
+        check_finite(logits)  # a NaN must not be covered up
+        logits = logits.copy()
+        logits[ends] = -np.inf
+        return logits
 
     def finished(self, reason: FinishReason) -> Finished:
         """The result; gives out what had been held back."""
@@ -106,4 +128,5 @@ class TextUnderWay:
             num_new_tokens=self.num_new,
             seed=request.seed,
             stop=self._matcher.matched,
+            logprobs=None if request.num_logprobs is None else tuple(self._logprobs),
         )
