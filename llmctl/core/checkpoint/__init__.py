@@ -7,7 +7,7 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmctl.core.checkpoint.folder import check_tokenizer, check_trainable, load_config, load_tokenizer
+    from llmctl.core.checkpoint.folder import check_tokenizer, check_trainable, load_config, load_tokenizer, stated_license
     from llmctl.core.checkpoint.load import LoadedModel, assemble, load_model, load_model_and_tokenizer
     from llmctl.core.checkpoint.quantised import save_quantised
     from llmctl.core.checkpoint.resolve import resolve_model
@@ -27,10 +27,11 @@ __all__ = [
     "resolve_model",
     "save_model",
     "save_quantised",
+    "stated_license",
 ]
 
 _HOMES = {
-    "folder": ("check_tokenizer", "check_trainable", "load_config", "load_tokenizer"),
+    "folder": ("check_tokenizer", "check_trainable", "load_config", "load_tokenizer", "stated_license"),
     "load": ("LoadedModel", "assemble", "load_model", "load_model_and_tokenizer"),
     "quantised": ("save_quantised",),
     "resolve": ("resolve_model",),

@@ -4,9 +4,10 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from llmctl.core.card import license_of
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, NotFoundError
-from llmctl.core.families import Family, family_of
+from llmctl.core.families import Family, family_of, is_known
 from llmctl.core.families.base import Binding, Shape
 from llmctl.core.files import read_json
 from llmctl.core.model.facts import tensor_shapes
@@ -55,6 +56,12 @@ def check_trainable(path: Path) -> None:
         raise InputError(f"{path}: the weights are quantised and cannot be trained; take the model that they were made from")
 
 
+def unknown_architecture(path: Path) -> dict[str, Any] | None:
+    """The config.json of a model directory whose architecture no family covers; None for all others, missing ones included."""
+    raw = read_object(Path(path) / "config.json")
+    return None if raw is None or not isinstance(raw.get("model_type"), str) or is_known(raw) else raw
+
+
 def read_object(file: Path) -> dict[str, Any] | None:
     """The JSON object in `file`, or None when there is no such file."""
     if not file.is_file():
@@ -68,6 +75,22 @@ def read_object(file: Path) -> dict[str, Any] | None:
 def read_generation(folder: Path) -> dict[str, Any]:
     """generation_config.json, or {}."""
     return read_object(folder / "generation_config.json") or {}
+
+
+def stated_license(path: Path) -> str | None:
+    """The licence that a model's card, or a GGUF file's metadata, states; None where there is none."""
+    if path.suffix == ".gguf":
+        from llmctl.core.gguf import GgufFile
+
+        found = GgufFile(path).metadata.get("general.license")
+        return found[:100] if isinstance(found, str) else None
+    card = path / "README.md"
+    try:
+        if card.is_file() and card.stat().st_size <= MAX_CONFIG_BYTES:
+            return license_of(card.read_text(encoding="utf-8", errors="replace"))
+    except OSError:
+        pass
+    return None
 
 
 def token_ids(value: Any) -> tuple[int, ...]:

@@ -24,12 +24,13 @@ from llmctl.core.checkpoint.folder import (
     own_layout,
     read_generation,
     token_ids,
+    unknown_architecture,
 )
 from llmctl.core.checkpoint.quantised import held_as_it_is, join, quantised
 from llmctl.core.checkpoint.quantweight import QuantWeight
 from llmctl.core.checkpoint.resolve import check_kind
 from llmctl.core.config.model import ModelConfig
-from llmctl.core.errors import InputError
+from llmctl.core.errors import InputError, UsageError
 from llmctl.core.families import Family
 from llmctl.core.families.base import bind
 from llmctl.core.model.decoder import Decoder
@@ -60,6 +61,8 @@ class LoadedModel:
     """generation_config.json, or {}."""
     quant: Layout | None = None
     """The layout that the matrices are held in, if they are quantised."""
+    note: str | None = None
+    """What the user should know of how it runs."""
 
     @property
     def number_format(self) -> str:
@@ -69,13 +72,19 @@ class LoadedModel:
 
 
 def load_model(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quant: Layout | None = None
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quant: Layout | None = None,
+    adapt: bool = False,
 ) -> LoadedModel:
     """Load a model directory or a `.gguf` file into a decoder in eval mode.
 
     `dtype` None keeps the number format of the embeddings (float32 for those of a quantised GGUF); all weights get the
     same. With `quant`, and from a quantised directory, the matrices are held quantised (quantweight.py), and
-    `dtype` is what is computed in; None is float32 then. Raises NotFoundError when the files are not there, InputError
+    `dtype` is what is computed in; None is float32 then. With `adapt`, an architecture that no family covers runs through
+    transformers, for inference only, and `note` says so. Raises NotFoundError when the files are not there, InputError
     when they are bad, unsafe or do not fit each other.
     """
     path = Path(path)
@@ -83,6 +92,9 @@ def load_model(
         check_kind(path)
     if path.suffix == ".gguf":
         return _load_gguf(path, dtype=dtype, device=device, quant=quant)
+    unknown = unknown_architecture(path) if adapt else None
+    if unknown is not None:
+        return _load_adapted(path, unknown, dtype=dtype, device=device, quant=quant)
     config, family, raw = load_config(path)
     generation = read_generation(path)
     own = own_layout(raw, where=path / "config.json")
@@ -100,15 +112,33 @@ def load_model(
 
 
 def load_model_and_tokenizer(
-    path: Path, *, dtype: torch.dtype | None = None, device: torch.device | str = "cpu", quant: Layout | None = None
+    path: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: torch.device | str = "cpu",
+    quant: Layout | None = None,
+    adapt: bool = False,
 ) -> tuple[LoadedModel, "Tokenizer"]:
-    """Both, checked against each other before the weights are opened."""
+    """Both, checked against each other before the weights are opened where the config tells enough. See `load_model`."""
     tokenizer = load_tokenizer(path)
-    if Path(path).suffix != ".gguf":
+    if Path(path).suffix != ".gguf" and not (adapt and unknown_architecture(path) is not None):
         check_tokenizer(tokenizer, load_config(path)[0], where=path)
-    loaded = load_model(path, dtype=dtype, device=device, quant=quant)
+    loaded = load_model(path, dtype=dtype, device=device, quant=quant, adapt=adapt)
     check_tokenizer(tokenizer, loaded.config, where=path)
     return loaded, tokenizer
+
+
+def _load_adapted(
+    path: Path, raw: dict[str, Any], *, dtype: torch.dtype | None, device: torch.device | str, quant: Layout | None
+) -> LoadedModel:
+    from llmctl.core.checkpoint.adapt import load_adapted, note_of
+
+    if quant is not None:
+        raise UsageError(f"--quant {quant}: not for the architecture {raw.get('model_type')!r}, which runs through transformers")
+    generation = read_generation(path)
+    model, config = load_adapted(path, raw, dtype=dtype, device=device)
+    eos_ids = token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id"))
+    return LoadedModel(model, config, f"transformers {raw['model_type']}", model.dtype, path, eos_ids, generation, note=note_of(raw))
 
 
 def assemble(config: ModelConfig, tensors: dict[str, Tensor], *, device: torch.device | str) -> Decoder:

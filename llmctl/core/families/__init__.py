@@ -19,7 +19,7 @@ from llmctl.core.families.phi3 import PHI3
 from llmctl.core.families.qwen import QWEN2, QWEN3, QWEN3_MOE
 from llmctl.core.families.smollm3 import SMOLLM3
 
-__all__ = ["FAMILIES", "Family", "family_named", "family_of"]
+__all__ = ["FAMILIES", "Family", "family_named", "family_of", "is_known", "refuse_code"]
 
 _ALL = (
     GPT2,
@@ -51,6 +51,21 @@ _CODE_KEYS = (
     "hub_kernels",
 )
 """Keys by which a config makes transformers fetch or run code: modelling files, pipelines, kernels."""
+
+
+def is_known(hf_config: Mapping[str, Any]) -> bool:
+    """Whether a family reads models of this `model_type`."""
+    return any(hf_config.get("model_type") in family.model_types for family in FAMILIES.values())
+
+
+def refuse_code(hf_config: Mapping[str, Any], *, where: str, deep: bool = False) -> None:
+    """Raise InputError for a config that wants code run; `deep` looks into the configs inside it too."""
+    for key in _CODE_KEYS:
+        if hf_config.get(key):
+            raise InputError(f"{where}: {key!r} asks to run code that comes with the model; refused (remove the key if it works without)")
+    for value in hf_config.values() if deep else ():
+        if isinstance(value, Mapping):
+            refuse_code(value, where=where, deep=True)
 
 
 def family_named(name: str) -> Family:
