@@ -44,7 +44,7 @@ def _plain(line: dict[str, Any]) -> dict[str, Any]:
 def plan_lines(plan: Planned) -> list[str]:
     """The plan as text, before the first step."""
     return [
-        f"model      {plan.family}, {plan.num_layers} layers x {plan.hidden_size}, vocabulary {plan.vocab_size:,}:"
+        f"model      {plan.family}, {counted(plan.num_layers, 'layer')} x {plan.hidden_size}, vocabulary {plan.vocab_size:,}:"
         f" {plan.num_parameters:,} parameters",
         f"data       {plan.data_tokens:,} tokens; {plan.num_tokens:,} will be seen, {plan.epochs:.2f} epochs",
         f"steps      {plan.num_steps:,} of {plan.batch_tokens:,} tokens ({plan.batch_size} x {plan.seq_len}, in micro-batches of"
@@ -52,7 +52,7 @@ def plan_lines(plan: Planned) -> list[str]:
         f"every      evaluation {_every(plan.eval_every)},"
         f" checkpoint {_every(plan.save_every)}, sample {_every(plan.sample_every, 'never')}",
         f"work       {si(plan.flops_per_token)}FLOP a token, {si(plan.total_flops)}FLOP in all",
-        f"machine    {plan.device}, {plan.threads} threads, {plan.dtype}, matmul peak {si(plan.matmul_peak_flops)}FLOP/s",
+        f"machine    {plan.device}, {counted(plan.threads, 'thread')}, {plan.dtype}, matmul peak {si(plan.matmul_peak_flops)}FLOP/s",
         f"needs      about {num_bytes(plan.memory_bytes)} of memory beside torch, {num_bytes(plan.checkpoint_bytes)} a checkpoint",
         f"time       about {duration(plan.estimated_s)} (at half the matmul peak)",
         f"run        {plan.run_dir}, seed {plan.seed}",
@@ -60,7 +60,7 @@ def plan_lines(plan: Planned) -> list[str]:
 
 
 def _every(steps: int, zero: str = "at the end") -> str:
-    return f"{steps:,} steps" if steps else zero
+    return counted(steps, "step") if steps else zero
 
 
 def step_line(done: StepDone, num_steps: int) -> str:
@@ -104,9 +104,8 @@ def other_line(event: Event) -> str | None:
     if isinstance(event, Finished):
         val = f", held-out loss {event.val_loss:.4f}" if event.val_loss is not None else ""
         bits = f" = {event.val_bits_per_byte:.4f} bits/byte" if event.val_bits_per_byte is not None else ""
-        return (
-            f"done: {event.step} steps, {event.tokens_seen:,} tokens in {duration(event.elapsed_s)}{val}{bits}; the model is {event.path}"
-        )
+        done = f"done: {counted(event.step, 'step')}, {event.tokens_seen:,} tokens in {duration(event.elapsed_s)}"
+        return f"{done}{val}{bits}; the model is {event.path}"
     return None
 
 
@@ -193,6 +192,11 @@ class _LiveView:
             self._console.print(Text(other_line(event) or ""))
         lines = [Text(t, overflow="ellipsis", no_wrap=True) for t in (self._numbers, self._held_out) if t]
         self._live.update(Group(self._bar, *lines, *([Text(self._sample, style="dim")] if self._sample else [])))
+
+
+def counted(number: int, noun: str) -> str:
+    """ "1 step", "2,000 steps"."""
+    return f"{number:,} {noun}" + "s" * (number != 1)
 
 
 def si(number: float) -> str:

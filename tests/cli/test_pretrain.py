@@ -73,6 +73,14 @@ def test_plain_lines_go_to_stderr_and_nothing_to_stdout(packed: Path, tmp_path: 
         assert word in err
 
 
+def test_one_thing_is_told_in_the_singular(packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    assert run([*arguments(packed, tmp_path / "run"), "--dry-run", "--eval-every", "1"]) == 0
+    err = capfd.readouterr().err
+    assert " 1 layer x " in err
+    assert " 1 thread, " in err
+    assert "evaluation 1 step, " in err
+
+
 def test_json_events_go_to_stdout_a_line_each(packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     assert run([*arguments(packed, tmp_path / "run"), "--json", "--quiet"]) == 0
     out, err = capfd.readouterr()
@@ -104,6 +112,8 @@ def test_exit_codes_without_a_run(packed: Path, tmp_path: Path, capfd: pytest.Ca
         (2, "give one of them", arguments(packed, here, "--resume", "--auto-resume")),
         (10, "no such folder", arguments(tmp_path / "nothing", here)),
         (10, "--auto-resume", arguments(packed, here, "--resume")),
+        (10, "no run folder", ["pretrain", "--out-dir", str(here), "--resume"]),
+        (10, "no run folder", ["finetune", "--out-dir", str(here), "--resume"]),
         (10, "step-00000003", arguments(packed, here, "--resume-from", str(here / "step-00000003"))),
         (4, "one sequence needs", arguments(packed, here, "--seq-len", "99999")),
     ]

@@ -26,6 +26,7 @@ from llmctl.core.evals.scoring import score_groups
 from llmctl.core.evals.task import Task, load_task
 from llmctl.core.evals.tokens import BatchLimit, Prefix, Question, encode_items
 from llmctl.core.model import Decoder
+from llmctl.core.model.device import choose_device, dtype_named
 from llmctl.core.quant import Layout
 from llmctl.core.tokenizer import Tokenizer
 
@@ -34,14 +35,6 @@ _TEXT_CONTEXT = 2048
 """Longest default context for text: beyond it, attention costs more than the context still gains."""
 _ENCODE_ITEMS = 1024
 """Items tokenised in one call."""
-_DTYPES = {
-    "float32": torch.float32,
-    "f32": torch.float32,
-    "bfloat16": torch.bfloat16,
-    "bf16": torch.bfloat16,
-    "float16": torch.float16,
-    "f16": torch.float16,
-}
 
 
 @dataclass(frozen=True)
@@ -89,6 +82,8 @@ def evaluate(
         context_size=limit,
     )
     yield ready
+    if loaded.note is not None:
+        yield Warned(text=loaded.note)
     job = _Job(config, loaded.model, tokenizer, Prefix(tokenizer, config.bos), ready, stop, environ)
     if found:
         yield from job.texts(found)
@@ -114,24 +109,15 @@ def prepare_task(reference: str, config: EvaluateConfig) -> PreparedTask:
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, Tokenizer]:
     path = resolve_model(config.model if config.model is not None else DEFAULT_MODEL)
-    dtype = None if config.dtype is None else _DTYPES[config.dtype]
+    dtype = dtype_named(config.dtype)
     quant = cast(Layout | None, config.quant)
-    device = _device(config.device)
+    device = choose_device(config.device)
     if config.tokenizer is None:
-        return load_model_and_tokenizer(path, dtype=dtype, device=device, quant=quant)
+        return load_model_and_tokenizer(path, dtype=dtype, device=device, quant=quant, adapt=True)
     tokenizer = Tokenizer.load(config.tokenizer)
-    loaded = load_model(path, dtype=dtype, device=device, quant=quant)
+    loaded = load_model(path, dtype=dtype, device=device, quant=quant, adapt=True)
     check_tokenizer(tokenizer, loaded.config, where=f"--tokenizer {config.tokenizer}")
     return loaded, tokenizer
-
-
-def _device(name: str) -> torch.device:
-    there: dict[str, Callable[[], bool]] = {"cuda": torch.cuda.is_available, "mps": torch.backends.mps.is_available}
-    if name == "auto":
-        name = next((kind for kind, available in there.items() if available()), "cpu")
-    elif name in there and not there[name]():
-        raise UsageError(f"--device {name}: there is none here; use --device cpu")
-    return torch.device(name)
 
 
 def batch_limit(batch_size: int | None, device: torch.device) -> BatchLimit:

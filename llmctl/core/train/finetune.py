@@ -30,12 +30,13 @@ from llmctl.core.data.supervised import (
     with_template,
 )
 from llmctl.core.errors import InputError, NotFoundError, PartialFailure, UsageError
-from llmctl.core.files import atomic_write
+from llmctl.core.files import atomic_write, write_text
 from llmctl.core.model import Decoder
 from llmctl.core.model.facts import flops_per_token
 from llmctl.core.runlog import RunFolder
 from llmctl.core.tokenizer import Tokenizer
 from llmctl.core.train import state as checkpoints
+from llmctl.core.train.cards import checkpoint_card
 from llmctl.core.train.evaluation import HeldOut
 from llmctl.core.train.events import Event, RowsRead, RowsReading, Warned
 from llmctl.core.train.job import Stop, TrainJob
@@ -71,10 +72,6 @@ def train(config: FinetuneConfig, *, stop: Stop = lambda: None, save_requested: 
 
     Raises PartialFailure at the end when rows were skipped, and LlmctlError of many kinds, each before anything is lost.
     """
-    if config.model is None:
-        raise UsageError("--model is missing: the model to start from")
-    if not config.data:
-        raise UsageError("--data is missing: a JSONL file of rows in chat or instruction form")
     subject = _Finetune(config)
     yield from train_subject(config, subject, stop=stop, save_requested=save_requested)
     if subject.bad_rows:
@@ -112,6 +109,10 @@ class _Finetune:
     def open(self, stop: Stop) -> Iterator[Event]:
         """Open the model, read and check every row. Nothing is written."""
         config = self._config
+        if config.model is None:
+            raise UsageError("--model is missing: the model to start from")
+        if not config.data:
+            raise UsageError("--data is missing: a JSONL file of rows in chat or instruction form")
         for path in (*config.data, *config.val_data):
             if not path.exists():
                 raise NotFoundError(f"{path}: no such file")
@@ -222,10 +223,23 @@ class _Finetune:
         model = _grown(base.loaded.model.float(), architecture).to(where.device)
         model.train()
 
+        settings = settings_of(config, prepared.sizes, where) | {name: getattr(config, name) for name in SHAPING}
+        card = checkpoint_card(
+            run_dir=run.path,
+            verb="finetune",
+            family=family,
+            architecture=architecture,
+            tokenizer=tokenizer,
+            data={", ".join(path.name for path in config.data): self._source.data_hash},
+            settings=settings,
+            base=base.loaded.path,
+        )
+
         def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             save_model(
                 folder, config=architecture, family=family, tensors=tensors, dtype=torch.float32, tokenizer=tokenizer, generation=generation
             )
+            write_text(folder / "README.md", card)
 
         def read_model(folder: Path) -> Mapping[str, Tensor]:
             return load_model(folder, dtype=torch.float32).model.state_dict()
@@ -243,7 +257,7 @@ class _Finetune:
             device=where.device,
             write_model=write_model,
             read_model=read_model,
-            settings=settings_of(config, prepared.sizes, where) | {name: getattr(config, name) for name in SHAPING},
+            settings=settings,
             identity={
                 "data": self._digest,
                 "tokenizer": tokenizer.fingerprint,

@@ -8,8 +8,6 @@ import time
 
 import torch
 
-from llmctl.core.errors import UsageError
-
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _PEAK_BUDGET_S = 0.25
 
@@ -39,16 +37,6 @@ def keep_freed_memory() -> None:
         libc.mallopt(_M_MMAP_MAX, 0)
         libc.mallopt(_M_TRIM_THRESHOLD, -1)
         libc.mallopt(_M_TOP_PAD, 64 << 20)
-
-
-def choose_device(name: str) -> torch.device:
-    """The device of `--device`. Raises UsageError when it is not there."""
-    available = {"cpu": True, "cuda": torch.cuda.is_available(), "mps": torch.backends.mps.is_available()}
-    if name == "auto":
-        name = next(n for n in ("cuda", "mps", "cpu") if available[n])
-    if not available[name]:
-        raise UsageError(f"--device {name}: torch finds no such device here; use --device cpu")
-    return torch.device(name)
 
 
 def choose_dtype(name: str, device: torch.device) -> torch.dtype:

@@ -19,6 +19,7 @@ from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig, seconds, sk
 from llmctl.core.config.stored import to_toml
 from llmctl.core.errors import NotFoundError, UsageError
 from llmctl.core.files import check_out_dir
+from llmctl.core.model.device import choose_device
 from llmctl.core.model.facts import flops_per_token, num_parameters, tensor_shapes, training_memory
 from llmctl.core.runlog import RunFolder
 from llmctl.core.train import machine
@@ -179,7 +180,7 @@ def _find_checkpoint(config: RunConfig) -> tuple[checkpoints.Checkpoint, list[st
 
 def _choose_machine(config: RunConfig, checkpoint: checkpoints.Checkpoint | None) -> Machine:
     machine.prepare(threads=config.threads)
-    device = machine.choose_device(config.device)
+    device = choose_device(config.device)
     wanted = config.dtype
     if wanted == "auto" and checkpoint is not None:
         wanted = checkpoint.state.settings.get("dtype", "auto")

@@ -18,15 +18,16 @@ from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.data.loader import EvalSource, PretrainSource
 from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import InputError, NotFoundError, UsageError
-from llmctl.core.files import check_manifest
+from llmctl.core.files import check_manifest, write_text
 from llmctl.core.model import Decoder
 from llmctl.core.model.facts import flops_per_token
 from llmctl.core.model.shapes import shape_for_depth
 from llmctl.core.runlog import RunFolder
 from llmctl.core.tokenizer import Tokenizer
 from llmctl.core.train import state as checkpoints
+from llmctl.core.train.cards import checkpoint_card
 from llmctl.core.train.evaluation import HeldOut
-from llmctl.core.train.events import Event
+from llmctl.core.train.events import Event, Warned
 from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.objectives import NextToken
 from llmctl.core.train.plan import (
@@ -42,6 +43,7 @@ from llmctl.core.train.plan import (
     train_subject,
 )
 from llmctl.core.train.sampling import sampler
+from llmctl.core.train.vectors import Vectors
 
 _SPLITS: tuple[Literal["val"], Literal["train"]] = ("val", "train")
 _MICRO_BATCH_TOKENS = 8192
@@ -55,8 +57,6 @@ def train(config: PretrainConfig, *, stop: Stop = lambda: None, save_requested: 
 
     Raises LlmctlError of many kinds, each before anything is lost; see the loop's Trainer.events.
     """
-    if config.data is None:
-        raise UsageError("--data is missing: the folder of token shards made by `llmctl tokenize pack`")
     yield from train_subject(config, _Pretrain(config), stop=stop, save_requested=save_requested)
 
 
@@ -72,6 +72,7 @@ class _Opened:
     base: Path | None
     generation: dict[str, Any]
     held_out: TokenDataset | None
+    vectors: Vectors | None
 
 
 class _Pretrain:
@@ -83,8 +84,13 @@ class _Pretrain:
 
     def open(self, stop: Stop) -> Iterator[Event]:
         """Open and check data, tokenizer and architecture. Nothing is written."""
+        if self._config.data is None:
+            raise UsageError("--data is missing: the folder of token shards made by `llmctl tokenize pack`")
         self._opened = _open(self._config)
-        yield from ()
+        vectors = self._opened.vectors
+        if vectors is not None and len(vectors.ids) < vectors.num_tokens:
+            share = f"{len(vectors.ids):,} of {vectors.num_tokens:,}"
+            yield Warned(message=f"--init-embeddings: {share} tokens have a vector there; the others start at random")
 
     @property
     def prepared(self) -> Prepared:
@@ -110,6 +116,17 @@ class _Pretrain:
         assert opened is not None
         architecture = opened.architecture
         torch.manual_seed(config.seed)
+        settings = settings_of(config, sizes, where)
+        card = checkpoint_card(
+            run_dir=run.path,
+            verb="pretrain",
+            family=opened.family,
+            architecture=architecture,
+            tokenizer=opened.tokenizer,
+            data={opened.dataset.directory.name: opened.source.data_hash},
+            settings=settings,
+            base=opened.base,
+        )
 
         def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
             save_model(
@@ -121,6 +138,7 @@ class _Pretrain:
                 tokenizer=opened.tokenizer,
                 generation=opened.generation,
             )
+            write_text(folder / "README.md", card)
 
         def read_model(folder: Path) -> Mapping[str, Tensor]:
             return load_model(folder, dtype=torch.float32).model.state_dict()
@@ -139,12 +157,13 @@ class _Pretrain:
             device=where.device,
             write_model=write_model,
             read_model=read_model,
-            settings=settings_of(config, sizes, where),
+            settings=settings,
             identity={
                 "data": opened.source.data_hash,
                 "tokenizer": opened.tokenizer.fingerprint,
                 "model": json.loads(json.dumps(dataclasses.asdict(architecture))),
                 "base_model": os.path.abspath(opened.base) if opened.base is not None else None,
+                "init_embeddings": os.path.abspath(config.init_embeddings) if config.init_embeddings is not None else None,
             },
             resume_command=f"llmctl pretrain --out-dir {shlex.quote(str(config.out_dir))} --resume",
             hidden_matrices=tuple(n for n, p in model.named_parameters() if is_hidden_matrix(n, p.ndim)),
@@ -194,7 +213,10 @@ def _open(config: PretrainConfig) -> _Opened:
     if config.seq_len > architecture.max_positions and architecture.positions == "learned":
         raise UsageError(f"--seq-len {config.seq_len}: the model has {architecture.max_positions} positions")
     held_out = _open_held_out(config, dataset)
-    return _Opened(dataset, source, tokenizer, architecture, family, base, generation, held_out)
+    vectors = None
+    if config.init_embeddings is not None and not config.resume and config.resume_from is None:  # a resumed run has its own by now
+        vectors = Vectors(config.init_embeddings, tokenizer, architecture)
+    return _Opened(dataset, source, tokenizer, architecture, family, base, generation, held_out, vectors)
 
 
 def _check_hashes(dataset: TokenDataset) -> None:
@@ -229,6 +251,8 @@ def _weights(config: PretrainConfig, opened: _Opened, checkpoint: checkpoints.Ch
     model = Decoder(opened.architecture)
     # Drawn on the CPU whatever the device, so that a seed means the same weights everywhere.
     model.init_weights(torch.Generator().manual_seed(config.seed))
+    if opened.vectors is not None:
+        opened.vectors.put_into(model)
     return model
 
 

@@ -232,7 +232,7 @@ def compare(
         raise UsageError(f"--allow-change {unknown[0]}: no such setting; those that shape a run are {', '.join(sorted(settings))}")
     other = [k for k in sorted(identity) if saved.identity.get(k) != identity[k]]
     if other:
-        details = "; ".join(f"{k}: the run has {_short(saved.identity.get(k))}, {_short(identity[k])} was given" for k in other)
+        details = "; ".join(text for k in other for text in _differences(k, saved.identity.get(k), identity[k]))
         raise InputError(f"cannot resume with other {' and '.join(other)} ({details}); start a new run for that")
     permitted = {key.replace("-", "_") for key in allowed}
     changed = [k for k in sorted(settings) if saved.settings.get(k) != settings[k] and k not in permitted]
@@ -244,6 +244,14 @@ def compare(
     then = {"llmctl": saved.llmctl_version, "torch": saved.torch_version, "threads": saved.threads, "machine": saved.machine}
     differing = [f"{k} {then[k]} then, {here[k]} now" for k in here if then[k] != here[k]]
     return [f"the checkpoint was made under other conditions ({'; '.join(differing)}): bit-identity is not promised"] if differing else []
+
+
+def _differences(name: str, then: Any, now: Any) -> list[str]:
+    """What differs, in words; of two tables, the entries that do."""
+    if isinstance(then, dict) and isinstance(now, dict):
+        keys = [k for k in {**then, **now} if then.get(k) != now.get(k)]
+        return [text for k in keys for text in _differences(k, then.get(k), now.get(k))]
+    return [f"{name}: the run has {_short(then)}, {_short(now)} was given"]
 
 
 def _short(value: Any) -> str:
