@@ -34,6 +34,12 @@ class PretrainConfig:
         None, "Architecture as a Hugging Face config.json; weights start at random.", metavar="FILE", panel=_MODEL
     )
     model: str | None = option(None, "Model whose weights to go on from: a folder, .gguf file, or hub id.", "-m", panel=_MODEL)
+    init_embeddings: Path | None = option(
+        None,
+        "Start the embeddings of a new model from word vectors (word2vec's format, as `llmctl export` writes it), matched by token.",
+        metavar="FILE",
+        panel=_MODEL,
+    )
     family: str = option("qwen3", "Family of a new model made with --depth.", choices=("qwen3", "llama", "gpt2"), panel=_MODEL)
     seq_len: int = option(256, "Tokens in a training sequence.", "--max-seq-length", minimum=2, panel=_MODEL)
     seed: int = option(0, "Seed of the initial weights and of the order of the data.", minimum=0, maximum=2**63 - 1, panel=_MODEL)
@@ -111,6 +117,8 @@ class PretrainConfig:
         sources = [f"--{n.replace('_', '-')}" for n in ("depth", "model_config", "model") if getattr(self, n) is not None]
         if len(sources) > 1:
             raise UsageError(f"{' and '.join(sources)}: the architecture comes from one of them")
+        if self.init_embeddings is not None and self.model is not None:
+            raise UsageError("--init-embeddings does not go with --model, whose weights bring their embeddings")
         if self.micro_batch_size is not None and self.batch_size % self.micro_batch_size:
             raise UsageError(f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}")
         if sum((self.resume, self.auto_resume, self.resume_from is not None)) > 1:

@@ -13,8 +13,17 @@ import torch
 from torch import Tensor
 
 from llmctl import __version__
-from llmctl.core.card import CardFacts, license_of, model_card
-from llmctl.core.checkpoint import LoadedModel, check_tokenizer, load_model, load_tokenizer, resolve_model, save_model, save_quantised
+from llmctl.core.card import CardFacts, model_card
+from llmctl.core.checkpoint import (
+    LoadedModel,
+    check_tokenizer,
+    load_model,
+    load_tokenizer,
+    resolve_model,
+    save_model,
+    save_quantised,
+    stated_license,
+)
 from llmctl.core.checkpoint.load import assemble
 from llmctl.core.checkpoint.quantweight import QuantWeight
 from llmctl.core.config.export import ExportConfig, shard_bytes
@@ -29,7 +38,6 @@ from llmctl.core.quant import Layout
 from llmctl.core.tokenizer import Tokenizer
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_MAX_CARD_BYTES = 1 << 20
 
 
 def export(config: ExportConfig) -> Iterator[Event]:
@@ -219,7 +227,7 @@ class _Job:
             architecture={"layers": config.num_layers, "hidden_size": config.hidden_size, "vocabulary": config.vocab_size},
             tokenizer_fingerprint=None if self._tokenizer is None else self._tokenizer.fingerprint,
             parent=parent,
-            license=_parent_license(loaded.path),
+            license=stated_license(loaded.path),
             data={"training data": identity["data"]} if isinstance(identity.get("data"), str) else {},
             recipe=recipe,
             versions={"llmctl": __version__, "torch": torch.__version__, "python": platform.python_version()},
@@ -259,18 +267,3 @@ def _public_name(reference: str | None, path: Path) -> str | None:
     if reference is not None and reference.count("/") == 1 and not path.as_posix().endswith(reference):
         return reference.partition("@")[0]
     return path.stem if path.suffix == ".gguf" else path.resolve().name
-
-
-def _parent_license(path: Path) -> str | None:
-    if path.suffix == ".gguf":
-        from llmctl.core.gguf import GgufFile
-
-        found = GgufFile(path).metadata.get("general.license")
-        return found[:100] if isinstance(found, str) else None
-    card = path / "README.md"
-    try:
-        if card.is_file() and card.stat().st_size <= _MAX_CARD_BYTES:
-            return license_of(card.read_text(encoding="utf-8", errors="replace"))
-    except OSError:
-        pass
-    return None
