@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.data.wordvectors import vocabulary
-from llmctl.core.errors import InputError, MissingExtraError
+from llmctl.core.errors import InputError, MissingExtraError, write_error
 from llmctl.core.families.base import bind
 from llmctl.core.families.gguf import GGUF_FAMILIES, ROPE_FACTORS, GgufFamily, Metadata, llama3_scaling, pairs_from_halves
 from llmctl.core.families.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
@@ -169,7 +169,7 @@ def write(
     kind: str,
     extra: Mapping[str, Any],
 ) -> None:
-    """Write a file. `tensors` have the decoder's names; `extra` are the tokenizer's keys and others. OSErrors pass."""
+    """Write a file. `tensors` have the decoder's names; `extra` are the tokenizer's keys and others. Raises WriteError, and OSErrors."""
     package = need_package()
     writer = package.GGUFWriter(path, record.architecture)
     try:
@@ -189,6 +189,10 @@ def write(
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
+    except OSError as error:
+        if error.errno is None:  # numpy's tofile tells a full disk in words only
+            raise write_error(error, path=path) from error
+        raise
     finally:
         writer.close()
 
