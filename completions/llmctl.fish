@@ -31,6 +31,7 @@ complete -c llmctl -n '__llmctl_at \'pretrain\'' -l out-dir -s o -l output-dir -
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l depth -x -d 'Size dial: number of layers; width, heads and the rest follow from it'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l model-config -r -F -d 'Architecture as a Hugging Face config.json; weights start at random'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l model -s m -r -F -d 'Model whose weights to go on from: a folder, .gguf file, or hub id'
+complete -c llmctl -n '__llmctl_at \'pretrain\'' -l init-embeddings -r -F -d 'Start the embeddings of a new model from word vectors (word2vec\'s format, as `llmctl export` writes it), matched by token'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l family -x -a 'qwen3 llama gpt2' -d 'Family of a new model made with --depth'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l seq-len -l max-seq-length -x -d 'Tokens in a training sequence'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l seed -x -d 'Seed of the initial weights and of the order of the data'

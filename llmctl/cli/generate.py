@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
     from llmctl.core.infer.events import Event
     from llmctl.core.infer.generator import Generator
+    from llmctl.core.infer.preset import Preset
     from llmctl.core.infer.prompting import Prompt
 
 BUILT_IN_MODEL = "storyteller"
@@ -44,6 +45,11 @@ def run(config: GenerateConfig, shell: Shell) -> None:
         from llmctl.cli.generate_batch import run_job
 
         run_job(config, shell)
+        return
+    if config.lines:
+        from llmctl.cli.generate_lines import run_lines
+
+        run_lines(config, shell)
         return
     text = read_prompt(config)
     if config.show_prompt:
@@ -78,7 +84,17 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         system=config.system,
         allow_special=config.allow_special,
         truncate=config.truncate,  # type: ignore[arg-type]  # checked by its choices
+        preset=read_preset(config),
     )
+
+
+def read_preset(config: GenerateConfig) -> "Preset | None":
+    """The preset of --preset, filled in by --set."""
+    if config.preset is None:
+        return None
+    from llmctl.core.infer.preset import load_preset
+
+    return load_preset(config.preset, config.set)
 
 
 def read_template(config: GenerateConfig) -> str | None:
@@ -148,6 +164,8 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
     seed = config.seed if config.seed is not None else draw_seed()
     prompt = _prompt(config, shell, generator, text)
     shell.detail(generator.description)
+    if generator.note is not None:
+        shell.warn(generator.note)
     num_made = max(config.num_samples, config.best_of or 1)
     if params.is_greedy and num_made > 1:
         shell.warn("all samples will be equal: with --temperature 0 nothing is drawn at random")
@@ -204,6 +222,7 @@ def _view(config: GenerateConfig, shell: Shell, text: str, generator: "Generator
         shell,
         num_samples=config.num_samples,
         echo=text if config.echo else None,
+        code=config.code,
         token_text=None if config.logprobs is None else generator.tokenizer.token_text,
     )
 
@@ -214,6 +233,8 @@ def _search(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
 
     prompt = _prompt(config, shell, generator, text)
     shell.detail(generator.description)
+    if generator.note is not None:
+        shell.warn(generator.note)
     penalty = config.repetition_penalty if config.repetition_penalty is not None else generator.params.repetition_penalty
     params = BeamParams(
         num_beams=config.num_beams,

@@ -40,6 +40,8 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
     with ExitStack() as stack:
         generator = open_generator(config, num_slots=config.batch_size)
         shell.detail(generator.description)
+        if generator.note is not None:
+            shell.warn(generator.note)
         results, num_lines = None, None
         lines: Iterator[bytes | None] | Iterator[bytes]
         seed, drawn = config.seed, draw_seed()
@@ -103,6 +105,7 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
     from llmctl.core.infer.batch import model_fingerprint
     from llmctl.core.infer.defaults import merged
 
+    preset = generator.prompter.preset
     template = generator.tokenizer.chat_template if generator.prompter.uses_chat else None
     return {
         "input": input_hash,
@@ -110,6 +113,7 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
         "tokenizer": generator.tokenizer.fingerprint,
         "chat_template": None if template is None else hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
         "system": config.system,
+        **({} if preset is None else {"preset": hashlib.sha256(preset.plain_text("{input}").encode("utf-8", "replace")).hexdigest()}),
         "dtype": config.dtype,
         **asdict(merged(generator.params, config.given_sampling())),
         "stop": list(config.stop),
@@ -142,6 +146,7 @@ def _answer(
     from llmctl.core.infer.batch import BatchFinished, BatchSettings, RowDone, RowFailed, run_batch
     from llmctl.core.infer.defaults import merged
     from llmctl.core.infer.events import Warned
+    from llmctl.core.infer.rows import parsed_rows
 
     settings = BatchSettings(
         params=merged(generator.params, config.given_sampling()),
@@ -157,16 +162,16 @@ def _answer(
     first_error, num_failed, num_prompt_tokens, started_s = "", 0, 0, time.monotonic()
     stats.start()
     with stop_flag() as stop, _Progress(shell, num_lines, config.num_samples, len(results.done) if results else 0) as progress:
-        for event in run_batch(lines, generator, settings, results=results, stop=stop):
+        for event in run_batch(parsed_rows(lines), generator, settings, results=results, stop=stop):
             if isinstance(event, RowDone):
                 progress.row(event.num_new_tokens)
                 num_prompt_tokens += event.num_prompt_tokens
             elif isinstance(event, RowFailed):
                 progress.row(0)
                 num_failed += 1
-                first_error = first_error or str(event.row["error"])
+                first_error = first_error or event.error
                 if num_failed <= _NUM_TOLD:
-                    shell.warn(str(event.row["error"]))
+                    shell.warn(event.error)
             elif isinstance(event, Warned):
                 shell.warn(event.message)
             if isinstance(event, RowDone | RowFailed) and results is None:

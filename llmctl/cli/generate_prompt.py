@@ -2,7 +2,7 @@
 
 import json
 
-from llmctl.cli.generate import BUILT_IN_MODEL, open_generator, read_template, warn_of_cut
+from llmctl.cli.generate import BUILT_IN_MODEL, open_generator, read_preset, read_template, warn_of_cut
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
 from llmctl.core.config.generate import GenerateConfig
@@ -30,6 +30,7 @@ def show_prompt(config: GenerateConfig, shell: Shell, text: str) -> None:
             system=config.system,
             allow_special=config.allow_special,
             truncate=config.truncate,  # type: ignore[arg-type]  # checked by its choices
+            preset=read_preset(config),
         )
     prompt = prompter.from_text(text, max_new_tokens=config.max_new_tokens)
     warn_of_cut(prompt, config, shell)

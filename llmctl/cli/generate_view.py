@@ -11,12 +11,15 @@ from llmctl.core.errors import Interrupted
 class TextView:
     """Shows texts: the first one that is not done as it grows, the others when their turn comes; or JSON, one line a text.
 
-    `token_text` is the tokenizer's, for log-probabilities in JSON; None leaves them out.
+    `token_text` is the tokenizer's, for log-probabilities in JSON; None leaves them out. With `code`, only the fenced code
+    is shown, when the text is done; JSON has it beside the text.
     """
 
-    def __init__(self, shell: Shell, *, num_samples: int, echo: str | None, token_text: Callable[[int], str] | None = None) -> None:
+    def __init__(
+        self, shell: Shell, *, num_samples: int, echo: str | None, code: bool = False, token_text: Callable[[int], str] | None = None
+    ) -> None:
         self._json, self._num_samples, self._echo, self._shell = shell.json, num_samples, echo, shell
-        self._token_text = token_text
+        self._token_text, self._code = token_text, code
         self._turn = 0
         self._grown: dict[int, str] = {}
         self._done: dict[int, Any] = {}
@@ -26,7 +29,7 @@ class TextView:
     def token(self, event: Any) -> None:
         """A token came."""
         self._num_tokens += 1
-        if self._json or not event.text:
+        if self._json or self._code or not event.text:
             return
         self._grown[event.sample_index] = self._grown.get(event.sample_index, "") + event.text
         if event.sample_index == self._turn:
@@ -39,7 +42,18 @@ class TextView:
             return
         self._done[event.sample_index] = event
         while self._turn in self._done:
-            self._end(self._done.pop(self._turn).text)
+            self._end(self._shown(self._done.pop(self._turn).text))
+
+    def _shown(self, text: str) -> str:
+        """What is shown of a text that is done."""
+        if not self._code:
+            return text
+        from llmctl.core.infer.fences import fenced_code
+
+        code = fenced_code(text)
+        if code is None:
+            self._shell.warn("the answer holds no fenced code and is shown whole")
+        return text if code is None else code
 
     def _show(self, text: str) -> None:
         """Bring the text whose turn it is up to `text`."""
@@ -80,6 +94,10 @@ class TextView:
             "seed": seed,
             "token_ids": list(event.token_ids),
         }
+        if self._code:
+            from llmctl.core.infer.fences import fenced_code
+
+            row["code"] = fenced_code(event.text)
         if event.stop is not None:
             row["stop"] = event.stop
         if event.score is not None:

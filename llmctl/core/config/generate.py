@@ -21,7 +21,7 @@ ROW_PARAMETERS = (
 """Sampling settings that a row of a batch may have too, under the same names."""
 
 _NOT_WITH_BEAMS = (
-    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input"),
+    *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input", "lines"),
     *("min_new_tokens", "ignore_eos", "best_of", "logprobs"),
 )
 _NOT_WITH_SHOW_PROMPT = ("input", "echo", "stats", "logprobs", "best_of")
@@ -39,6 +39,11 @@ class GenerateConfig:
         None, "File that holds the prompt, or its beginning; - is stdin.", "-f", metavar="FILE", panel=_PROMPT
     )
     system: str | None = option(None, "System message of the chat.", panel=_PROMPT)
+    preset: str | None = option(
+        None, "Task to put around the prompt: summarize, qa, translate, write, code, one of your own, or a TOML file.", panel=_PROMPT
+    )
+    set: tuple[str, ...] = option((), "Parameter of the preset, for instance to=German. Repeatable.", metavar="NAME=VALUE", panel=_PROMPT)
+    lines: bool = option(False, "Each line of stdin is a prompt; answer each in one line, in order.", panel=_PROMPT)
     chat: bool | None = option(
         None,
         "Put the prompt into the model's chat template, or take it as it is. [default: --chat if the model has a template]",
@@ -141,6 +146,7 @@ class GenerateConfig:
         maximum=1000,
         panel=_OUTPUT,
     )
+    code: bool = option(False, "Print only the fenced code of the answer.", panel=_OUTPUT)
     stats: bool = option(False, "Speed, time to the first token and peak memory on stderr at the end.", panel=_OUTPUT)
 
     input: str | None = option(
@@ -173,7 +179,8 @@ class GenerateConfig:
         if self.text is not None and self.prompt is not None:
             raise UsageError("both PROMPT and --prompt are given; one of them is enough")
         if self.input is not None:
-            self._refuse_beside("--input", ("text", "prompt", "prompt_file", "echo"), "the rows hold the prompts")
+            self._refuse_beside("--input", ("text", "prompt", "prompt_file", "echo", "lines"), "the rows hold the prompts")
+            self._refuse_beside("--input", ("code",), "a row holds the whole text")
         elif self.output is not None:
             raise UsageError("--output needs --input; the text of a single prompt goes to stdout, so use `> file`")
         if self.chat is False and self.system is not None:
@@ -184,6 +191,14 @@ class GenerateConfig:
             raise UsageError(f"--best-of {self.best_of} is less than --num-samples {self.num_samples}; the kept texts are among those made")
         if self.min_new_tokens is not None and self.max_new_tokens is not None and self.min_new_tokens > self.max_new_tokens:
             raise UsageError(f"--min-new-tokens {self.min_new_tokens} is more than --max-new-tokens {self.max_new_tokens}")
+        if self.lines:
+            self._refuse_beside("--lines", ("prompt_file", "echo", "show_prompt"), "the prompts are the lines of stdin")
+            if self.num_samples > 1 or "-" in (self.text, self.prompt):
+                raise UsageError(
+                    "--lines gives one answer for each line of stdin; leave out " + ("-" if self.num_samples == 1 else "--num-samples")
+                )
+        if self.set and self.preset is None:
+            raise UsageError("--set needs --preset: it fills in a preset's parameters")
         if self.show_prompt:
             self._refuse_beside("--show-prompt", _NOT_WITH_SHOW_PROMPT, "it shows one prompt and makes no text")
         if "" in self.stop:

@@ -14,7 +14,7 @@ from llmctl.core.infer.events import Failed, Finished, Request, Warned
 from llmctl.core.infer.generator import Generator
 from llmctl.core.infer.logprobs import logprob_rows
 from llmctl.core.infer.results import ResultFile, result_key
-from llmctl.core.infer.rows import BadRow, Row, id_key, parse_row
+from llmctl.core.infer.rows import BadRow, Row, id_key
 from llmctl.core.infer.sampler import SamplingParams
 
 _WHOLE_BYTES = 8 << 20
@@ -33,9 +33,10 @@ class RowDone:
 
 @dataclass(frozen=True, kw_only=True)
 class RowFailed:
-    """A row has no result (and stands in the errors file, if there is one)."""
+    """A row has no result (and stands in the errors file, if there is one). `error` names its line."""
 
     row: Mapping[str, Any]
+    error: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -84,20 +85,20 @@ class _Pending:
 
 
 def run_batch(
-    lines: Iterable[bytes | None],
+    rows: Iterable[Row | BadRow | None],
     generator: Generator,
     settings: BatchSettings,
     *,
     results: ResultFile | None = None,
     stop: Callable[[], int | None] = never_stop,
 ) -> Iterator[BatchEvent]:
-    """Answer the rows in `lines` (None: no line yet) and append each result to `results` as it is finished.
+    """Answer the rows (None: there is none yet) and append each result to `results` as it is finished.
 
     Rows whose results are there are skipped. A bad row is an error row; the others go on. When `stop` gives a number,
     texts under way are dropped: they are made again by the next run. Raises WriteError and NonFiniteError.
     """
     job = _Job(generator, settings, results)
-    events = generator.engine.run(job.requests(lines), stop=stop)
+    events = generator.engine.run(job.requests(rows), stop=stop)
     if settings.best_of is not None:
         events = best_of(events, num_made=settings.best_of, num_kept=settings.num_samples)
     for event in events:
@@ -124,16 +125,13 @@ class _Job:
         self._seen: set[str] = set()
         self._num_done = self._num_failed = self._num_skipped = self._num_cut = self._num_new_tokens = 0
 
-    def requests(self, lines: Iterable[bytes | None]) -> Iterator[Request | Failed | None]:
+    def requests(self, rows: Iterable[Row | BadRow | None]) -> Iterator[Request | Failed | None]:
         """Requests for the rows, made when the engine asks for them."""
-        number = 0
-        for raw in lines:
-            if raw is None:
+        for row in rows:
+            if row is None:
                 yield None
-                continue
-            number += 1
-            if raw.strip():
-                yield from self._requests_of(parse_row(raw, number))
+            else:
+                yield from self._requests_of(row)
 
     def _requests_of(self, row: Row | BadRow) -> Iterator[Request | Failed]:
         if isinstance(row, Row) and id_key(row.id) in self._seen:
@@ -232,7 +230,7 @@ class _Job:
         if self._results is not None:
             self._results.append_error(record)
         self._num_failed += 1
-        return RowFailed(row=record)
+        return RowFailed(row=record, error=error)
 
     def summary(self, *, interrupted: bool) -> BatchFinished:
         """The counts."""

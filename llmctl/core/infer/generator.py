@@ -18,6 +18,7 @@ from llmctl.core.infer.defaults import merged, recommended
 from llmctl.core.infer.engine import Engine, never_stop
 from llmctl.core.infer.events import Finished, FinishReason, Request
 from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.preset import Preset
 from llmctl.core.infer.prompting import Prompt, Prompter
 from llmctl.core.infer.sampler import SamplingParams
 
@@ -35,10 +36,12 @@ class Generator:
     prompter: Prompter
     eos_ids: frozenset[int]
     params: SamplingParams
-    """The sampling that the model recommends, else ours."""
+    """The sampling that the preset wants, else the model, else ours."""
     path: Path
     description: str
     """Device and number format, for people."""
+    note: str | None = None
+    """What the user should know of how the model runs."""
 
     @classmethod
     def open(
@@ -56,6 +59,7 @@ class Generator:
         system: str | None = None,
         allow_special: bool = False,
         truncate: Literal["left", "right"] | None = None,
+        preset: Preset | None = None,
     ) -> "Generator":
         """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError."""
         from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_model
@@ -74,10 +78,16 @@ class Generator:
         chosen = choose_device(device)
         if chat_template is not None:
             words.chat_template = chat_template
-        loaded = load_model(path, dtype=dtype_named(dtype), device=chosen, quant=quant)
+        loaded = load_model(path, dtype=dtype_named(dtype), device=chosen, quant=quant, adapt=True)
         check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
         prompter = Prompter(
-            words, context=loaded.config.max_positions, chat=chat, system=system, allow_special=allow_special, truncate=truncate
+            words,
+            context=loaded.config.max_positions,
+            chat=chat,
+            system=system,
+            allow_special=allow_special,
+            truncate=truncate,
+            preset=preset,
         )
         eos_ids = set(loaded.eos_ids)
         if not eos_ids and words.eos_id is not None:
@@ -91,9 +101,10 @@ class Generator:
             tokenizer=words,
             prompter=prompter,
             eos_ids=frozenset(eos_ids),
-            params=recommended(loaded.generation),
+            params=merged(recommended(loaded.generation), {} if preset is None else preset.sampling),
             path=path,
             description=f"{path.name}: {loaded.family}, {loaded.number_format} on {chosen}, torch",
+            note=loaded.note,
         )
 
     def request(

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.core.errors import InputError
 from llmctl.core.infer.defaults import MAX_NEW_TOKENS
+from llmctl.core.infer.preset import Preset
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
@@ -24,7 +25,8 @@ class Prompter:
     """Makes prompts for one model.
 
     `chat` True puts every prompt into the tokenizer's chat template, False never, None where there is one. `context` is
-    the model's, in tokens. `truncate` says at which end a prompt that is too long is cut; None makes it an error.
+    the model's, in tokens. `truncate` says at which end a prompt that is too long is cut; None makes it an error. A
+    `preset` is put around plain text, not around messages; `system` goes before its system message.
     """
 
     def __init__(
@@ -36,13 +38,14 @@ class Prompter:
         system: str | None = None,
         allow_special: bool = False,
         truncate: Literal["left", "right"] | None = None,
+        preset: Preset | None = None,
     ) -> None:
         has_template = tokenizer.chat_template is not None
         if chat and not has_template:
             raise InputError("the model has no chat template; give one with --chat-template FILE, or use --raw")
         if system is not None and not has_template:
             raise InputError("a system message needs a chat template, and the model has none; give --chat-template FILE")
-        self._tokenizer, self._context = tokenizer, context
+        self._tokenizer, self._context, self.preset = tokenizer, context, preset
         self.uses_chat = has_template if chat is None else chat
         self._system, self._allow_special, self._truncate = system, allow_special, truncate
 
@@ -50,14 +53,21 @@ class Prompter:
         """A prompt from plain text; `system` replaces the Prompter's. Raises InputError when it is empty or too long."""
         if not text:
             raise InputError("the prompt is empty")
+        if self.preset is not None:
+            text = self.preset.user_text(text) if self.uses_chat else self.preset.plain_text(text)
         if self.uses_chat:
-            system = self._system if system is None else system
+            system = self.system if system is None else system
             messages = [{"role": "system", "content": system}] if system is not None else []
             return self._from_messages([*messages, {"role": "user", "content": text}], max_new_tokens)
         if system is not None:
             raise InputError("a system message needs the chat template, which is not used here")
         ids = self._tokenizer.encode(text, allow_special=self._allow_special)
         return self._fitted(ids, max_new_tokens)
+
+    @property
+    def system(self) -> str | None:
+        """The system message of a chat that brings none."""
+        return self._system if self._system is not None or self.preset is None else self.preset.system_text()
 
     def from_messages(self, messages: Any, *, max_new_tokens: int | None = None) -> Prompt:
         """A prompt from [{"role": ..., "content": ...}, ...], the last being the one to answer. Raises InputError."""

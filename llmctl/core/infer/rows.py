@@ -4,7 +4,7 @@ import json
 import os
 import select
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any
 
@@ -70,6 +70,18 @@ def parse_row(raw: bytes, line: int) -> Row | BadRow:
     except InputError as error:
         place = f"line {line}: "
         return BadRow(line=line, id=id, error=place + str(error).removeprefix(place))
+
+
+def parsed_rows(lines: Iterable[bytes | None]) -> Iterator[Row | BadRow | None]:
+    """The rows of the lines, empty ones left out; None where a None says that there is no line yet."""
+    number = 0
+    for raw in lines:
+        if raw is None:
+            yield None
+            continue
+        number += 1
+        if raw.strip():
+            yield parse_row(raw, number)
 
 
 def _row(value: dict[str, Any], line: int, id: int | str) -> Row:
