@@ -213,6 +213,8 @@ def _add(writer: Any, package: Any, key: str, value: Any) -> None:
 
 
 def _reordered(array: NDArray[np.float32], name: str, config: ModelConfig, record: GgufFamily) -> NDArray[np.float32]:
+    if record.norm_shift(name):
+        array = array + np.float32(record.norm_shift(name))
     if record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k")):
         reordered: NDArray[np.float32] = pairs_from_halves(array, config.head_dim)
         return reordered

@@ -15,6 +15,7 @@ from llmctl.core.checkpoint import hf_tensors, load_config, load_model, save_mod
 from llmctl.core.families import FAMILIES
 from llmctl.core.model import KVCache
 from tests.core.model.families import SETTINGS, random_tokens, reference_model
+from tests.core.model.table import record
 
 
 @pytest.fixture(scope="module", params=list(SETTINGS))
@@ -30,7 +31,9 @@ def test_logits_are_equal_in_float32(pair) -> None:
     reference, _, loaded = pair
     tokens = random_tokens(2, 40)
     with torch.no_grad():
-        torch.testing.assert_close(loaded.model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
+        found, wanted = loaded.model(tokens), reference(tokens).logits
+    record(loaded.family, "logits", found, wanted)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
 
 
 def test_gradients_are_equal(pair, tmp_path: Path) -> None:
@@ -49,6 +52,7 @@ def test_gradients_are_equal(pair, tmp_path: Path) -> None:
     theirs = stored_gradients(reference, tmp_path)
     assert gradients.keys() == theirs.keys()
     for name, gradient in theirs.items():
+        record(loaded.family, "gradients", gradients[name], gradient)
         torch.testing.assert_close(gradients[name], gradient, atol=1e-5, rtol=1e-4, msg=lambda text, name=name: f"{name}: {text}")
 
 
@@ -68,7 +72,9 @@ def test_cached_decoding_is_equal_for_any_chunking(pair, chunks: list[int]) -> N
     cache = KVCache(loaded.config, num_slots=2, capacity=32)
     with torch.no_grad():
         parts = [loaded.model(part, cache=cache) for part in tokens.split(chunks, dim=1)]
-        torch.testing.assert_close(torch.cat(parts, dim=1), reference(tokens).logits, atol=1e-5, rtol=1e-5)
+        found, wanted = torch.cat(parts, dim=1), reference(tokens).logits
+    record(loaded.family, "cached", found, wanted)
+    torch.testing.assert_close(found, wanted, atol=1e-5, rtol=1e-5)
     assert cache.lengths.tolist() == [30, 30]
 
 
@@ -78,6 +84,7 @@ def test_names_and_tensors_survive_the_round_trip_bit_equal(pair, tmp_path: Path
     theirs, ours = load_file(folder / "model.safetensors"), load_file(tmp_path / "model.safetensors")
     assert ours.keys() == theirs.keys()
     for name in theirs:
+        record(loaded.family, "round trip", ours[name], theirs[name])
         assert torch.equal(ours[name], theirs[name]), name
     with safe_open(tmp_path / "model.safetensors", framework="pt") as file:
         assert file.metadata() == {"format": "pt"}
@@ -127,4 +134,5 @@ def test_greedy_generation_is_equal(pair) -> None:
         for _ in range(20):
             new = loaded.model(new, cache=cache)[:, -1:].argmax(-1)
             ids.append(int(new))
+    record(loaded.family, "generate", torch.tensor(ids), wanted[0])
     assert ids == wanted[0].tolist()
