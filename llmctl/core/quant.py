@@ -85,8 +85,11 @@ def layout_for(name: str, shape: tuple[int, ...], wanted: Layout) -> Layout | No
     return wanted if is_matrix else None
 
 
-def quantise(numbers: NDArray[Any], layout: Layout) -> QuantMatrix:
+def quantise(numbers: NDArray[Any], layout: Layout, *, importance: NDArray[np.float32] | None = None) -> QuantMatrix:
     """Quantise a matrix (R, C) of floats, each group with the scale (and minimum) of least squared error among candidates.
+
+    `importance` (C,), the mean square of each input, weighs the errors, since what counts is the error of the product, and
+    the inputs of a language model differ by orders of magnitude; checkpoint/calibrate.py says what that gains.
 
     A group that is on a grid already, and reaches both of its ends, comes back exactly: a dequantised Q4_1 does. Raises
     InputError for numbers that are not finite or that float16 scales cannot reach.
@@ -98,6 +101,7 @@ def quantise(numbers: NDArray[Any], layout: Layout) -> QuantMatrix:
     scales = np.empty((rows, groups), np.float16)
     minimums = np.empty((rows, groups), np.float16) if layout == "int4" else None
     step = max(1, _CHUNK_NUMBERS // max(groups * GROUP, 1))
+    weights = None if importance is None else _weights(importance, groups, step)
     for start in range(0, rows, step):
         stop = min(rows, start + step)
         chunk = _grouped(np.asarray(numbers[start:stop], dtype=np.float32), groups)  # (32, n)
@@ -106,9 +110,9 @@ def quantise(numbers: NDArray[Any], layout: Layout) -> QuantMatrix:
             raise InputError(f"the weights hold {what} (in rows {start} to {stop - 1}); they cannot be quantised")
         part: NDArray[Any]
         if minimums is None:
-            part, scale = _quantise_int8(chunk)
+            part, scale = _quantise_int8(chunk, None if weights is None else weights[:, : chunk.shape[1]])
         else:
-            part, scale, minimum = _quantise_int4(chunk)
+            part, scale, minimum = _quantise_int4(chunk, None if weights is None else weights[:, : chunk.shape[1]])
             minimums[start:stop] = minimum.reshape(-1, groups)
             part = part[:16] | part[16:] << 4
         codes[start:stop] = part.T.reshape(stop - start, -1)
@@ -127,13 +131,21 @@ def _grouped(chunk: NDArray[np.float32], groups: int) -> NDArray[np.float32]:
     return np.ascontiguousarray(chunk.reshape(-1, GROUP).T)
 
 
-def _dot(a: NDArray[np.float32], b: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Sums of products, (n,), of columns (32, n)."""
-    product: NDArray[np.float32] = (a * b).sum(axis=0)
-    return product
+def _weights(importance: NDArray[np.float32], groups: int, num_rows: int) -> NDArray[np.float32]:
+    """(C,) -> (32, num_rows * G): the weights of `num_rows` equal rows, of mean 1 in each group."""
+    row = _grouped(np.asarray(importance, dtype=np.float32)[None], groups)  # (32, G)
+    mean = row.mean(axis=0)
+    row = np.where(mean > 0, row * _inverse(mean), np.float32(1)) + np.float32(1e-4)  # an input that was always 0 need not stay so
+    return np.tile(row, (1, num_rows))
 
 
-def _quantise_int8(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
+def _sum(values: NDArray[np.float32], weights: NDArray[np.float32] | None) -> NDArray[np.float32]:
+    """Sums (n,), weighted if there are weights, of columns (32, n)."""
+    total: NDArray[np.float32] = (values if weights is None else values * weights).sum(axis=0)
+    return total
+
+
+def _quantise_int8(x: NDArray[np.float32], weights: NDArray[np.float32] | None) -> tuple[NDArray[np.int8], NDArray[np.float16]]:
     """Codes (32, n) and scales (n,) of groups (32, n)."""
     largest = np.abs(x).max(axis=0)
     best_error = np.full(x.shape[1], np.inf, np.float32)
@@ -143,7 +155,7 @@ def _quantise_int8(x: NDArray[np.float32]) -> tuple[NDArray[np.int8], NDArray[np
         rest = _int8_codes(x, scale)
         rest *= scale.astype(np.float32)
         rest -= x
-        error = _dot(rest, rest)
+        error = _sum(rest * rest, weights)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale = np.where(better, scale, best_scale)
@@ -156,7 +168,9 @@ def _int8_codes(x: NDArray[np.float32], scale: NDArray[np.float16]) -> NDArray[n
     return np.clip(codes, -127, 127, out=codes)
 
 
-def _quantise_int4(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
+def _quantise_int4(
+    x: NDArray[np.float32], weights: NDArray[np.float32] | None
+) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """Codes (32, n), one a byte, scales (n,) and minimums (n,) of groups (32, n).
 
     Each candidate's codes get the scale and minimum that fit them best (least squares, as llama.cpp's make_qkx2_quants
@@ -165,7 +179,6 @@ def _quantise_int4(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[n
     low = x.min(axis=0)
     width = x.max(axis=0) - low
     centred = x - low  # sums of numbers far from 0 would cancel
-    mean = centred.mean(axis=0)
     best_error = np.full(x.shape[1], np.inf, np.float32)
     best_scale, best_minimum = width / 15, low
     for cut_below, cut_above in _INT4_CUTS:
@@ -173,28 +186,29 @@ def _quantise_int4(x: NDArray[np.float32]) -> tuple[NDArray[np.uint8], NDArray[n
         codes -= np.float32(cut_below)
         np.rint(codes, out=codes)
         np.clip(codes, 0, 15, out=codes)
-        scale, minimum = _fit(centred, codes, mean)
+        scale, minimum = _fit(centred, codes, weights)
         codes *= scale
         codes += minimum
         codes -= centred
-        error = _dot(codes, codes)
+        error = _sum(codes * codes, weights)
         better = error < best_error
         best_error = np.where(better, error, best_error)
         best_scale, best_minimum = np.where(better, scale, best_scale), np.where(better, minimum + low, best_minimum)
-    return _best_rounded(x, [(width / 15, low), (best_scale, best_minimum)])
+    return _best_rounded(x, [(width / 15, low), (best_scale, best_minimum)], weights)
 
 
-def _fit(x: NDArray[np.float32], codes: NDArray[np.float32], mean: NDArray[np.float32]) -> tuple[NDArray[Any], NDArray[Any]]:
-    """Scale and minimum (n,) of least squared error for given codes (32, n) of x (32, n), whose mean is `mean` (n,)."""
-    mean_code = codes.sum(axis=0) / np.float32(GROUP)
-    variance = _dot(codes, codes) - GROUP * mean_code * mean_code
-    covariance = _dot(codes, x) - GROUP * mean_code * mean
+def _fit(x: NDArray[np.float32], codes: NDArray[np.float32], weights: NDArray[np.float32] | None) -> tuple[NDArray[Any], NDArray[Any]]:
+    """Scale and minimum (n,) of least squared error for given codes (32, n) of x (32, n)."""
+    total = np.float32(GROUP) if weights is None else weights.sum(axis=0)
+    mean_code, mean_x = _sum(codes, weights) / total, _sum(x, weights) / total
+    variance = _sum(codes * codes, weights) - total * mean_code * mean_code
+    covariance = _sum(codes * x, weights) - total * mean_code * mean_x
     scale = covariance * _inverse(variance)
-    return scale, mean - scale * mean_code
+    return scale, mean_x - scale * mean_code
 
 
 def _best_rounded(
-    x: NDArray[np.float32], candidates: list[tuple[NDArray[Any], NDArray[Any]]]
+    x: NDArray[np.float32], candidates: list[tuple[NDArray[Any], NDArray[Any]]], weights: NDArray[np.float32] | None
 ) -> tuple[NDArray[np.uint8], NDArray[np.float16], NDArray[np.float16]]:
     """The candidate (scale, minimum) of least error once both are float16, and its codes. The first wins a tie."""
     best: tuple[NDArray[Any], ...] | None = None
@@ -203,7 +217,7 @@ def _best_rounded(
         wide_scale, wide_minimum = scale.astype(np.float32), minimum.astype(np.float32)
         codes = np.clip(np.rint((x - wide_minimum) * _inverse(wide_scale)), 0, 15)
         rest = codes * wide_scale + wide_minimum - x
-        found = (_dot(rest, rest), codes, scale, minimum)
+        found = (_sum(rest * rest, weights), codes, scale, minimum)
         if best is None:
             best = found
         else:

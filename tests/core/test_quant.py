@@ -104,6 +104,17 @@ def test_errors_are_within_a_step_of_any_groups_range(numbers: np.ndarray, layou
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
+def test_importance_weighs_the_errors(layout) -> None:
+    numbers = normal(50, 70)
+    importance = np.geomspace(1e-6, 1e6, 70).astype(np.float32)
+    importance[3] = 0.0
+    errors = [np.square(dequantise(quantise(numbers, layout, importance=given)) - numbers) @ importance for given in (None, importance)]
+    assert errors[1].sum() < {"int8": 0.97, "int4": 0.9}[layout] * errors[0].sum()
+    same = dequantise(quantise(numbers, layout, importance=np.full(70, 5, np.float32)))
+    np.testing.assert_allclose(same, dequantise(quantise(numbers, layout)), atol=2e-3)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
 def test_groups_of_equal_numbers_and_of_zeros_are_exact(layout) -> None:
     numbers = np.concatenate([np.zeros((2, 32)), np.full((2, 32), -0.5)], axis=1).astype(np.float32)
     matrix = quantise(numbers, layout)

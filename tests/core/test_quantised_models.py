@@ -3,11 +3,13 @@
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import safetensors.torch
 import torch
 
 from llmctl.core.checkpoint import load_config, load_model, load_model_and_tokenizer, save_quantised
+from llmctl.core.checkpoint.calibrate import input_importance
 from llmctl.core.checkpoint.quantweight import QuantWeight, held_bytes
 from llmctl.core.errors import InputError
 from llmctl.core.model import KVCache
@@ -23,11 +25,13 @@ SETTINGS = ["gpt2-tied", "gpt2-free-head", "llama-gqa-tied", "llama-mqa-biases",
 def plain_twin(path: Path, layout) -> torch.nn.Module:
     """The model of `path` whose matrices were rounded by hand, as ordinary tensors."""
     model = load_model(path, dtype=torch.float32).model
+    importance = input_importance(model) if layout == "int4" else {}
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             chosen = layout_for(name, tuple(parameter.shape), layout)
             if chosen is not None:
-                parameter.copy_(torch.from_numpy(dequantise(quantise(parameter.numpy(), chosen))))
+                rounded = dequantise(quantise(parameter.numpy(), chosen, importance=importance.get(name)))
+                parameter.copy_(torch.from_numpy(rounded))
     return model
 
 
@@ -46,6 +50,31 @@ def test_a_model_quantised_at_load_has_the_logits_of_its_rounded_weights(setting
         torch.testing.assert_close(torch.cat(steps, dim=1), wanted, atol=1e-4, rtol=1e-4)
     assert loaded.quant == layout
     assert loaded.dtype == torch.float32
+
+
+def test_importance_is_the_mean_square_of_inputs_and_lessens_the_error_of_products(tmp_path: Path) -> None:
+    """Against the products themselves, on other inputs than those it was measured on."""
+    model = blocky_model()
+    with torch.no_grad():  # a few large inputs, as trained models have them
+        for layer in model.model.layers:
+            layer.input_layernorm.weight[::7] *= 20
+    model.save_pretrained(tmp_path / "m")
+    loaded = load_model(tmp_path / "m").model
+    name = "layers.0.attn.q.weight"
+    importance = input_importance(loaded)[name]
+    seen = []
+    hook = loaded.layers[0].attn.q.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0][0]))
+    with torch.inference_mode():
+        loaded(random_tokens(1, 60, seed=9))
+    hook.remove()
+    weights = loaded.state_dict()[name]
+    assert set(input_importance(loaded)) == {n for n, p in loaded.named_parameters() if n.startswith("layers.") and p.ndim == 2}
+    assert np.corrcoef(importance, seen[0].square().mean(dim=0).numpy())[0, 1] > 0.9
+    errors = []
+    for given in (None, importance):
+        rounded = torch.from_numpy(dequantise(quantise(weights.numpy(), "int4", importance=given)))
+        errors.append(float((seen[0] @ (rounded - weights).T).square().sum()))
+    assert errors[1] < 0.6 * errors[0]
 
 
 def test_memory_is_held_quantised(tmp_path: Path) -> None:
@@ -116,7 +145,8 @@ def test_eight_bits_of_a_gguf_are_quantised_anew_to_four(tmp_path: Path) -> None
     write_model(tmp_path / "m.gguf", blocky_model(), dtype="Q8_0")
     plain, held = load_model(tmp_path / "m.gguf").model.state_dict(), load_model(tmp_path / "m.gguf", quant="int4").model.state_dict()
     name = "layers.1.attn.q.weight"
-    wanted = dequantise(quantise(plain[name].numpy(), "int4"))
+    importance = input_importance(load_model(tmp_path / "m.gguf").model)
+    wanted = dequantise(quantise(plain[name].numpy(), "int4", importance=importance[name]))
     assert torch.equal(held[name].numbers(), torch.from_numpy(wanted))
     assert torch.equal(held["embed.weight"].numbers(), plain["embed.weight"])
 

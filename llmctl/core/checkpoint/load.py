@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmctl.core.checkpoint.calibrate import input_importance
 from llmctl.core.checkpoint.folder import (
     bindings_of,
     check_names,
@@ -35,7 +36,7 @@ from llmctl.core.families import Family
 from llmctl.core.families.base import bind
 from llmctl.core.model.decoder import Decoder
 from llmctl.core.model.facts import tensor_shapes
-from llmctl.core.quant import Layout
+from llmctl.core.quant import GGUF_LAYOUTS, Layout, layout_for
 from llmctl.core.tensorfile import INDEX_NAME, TensorEntry, TensorFile, weight_files
 
 if TYPE_CHECKING:
@@ -102,7 +103,10 @@ def load_model(
         tensors = _quantised_tensors(path, config, dtype=dtype, own=own, quant=quant)
     elif quant is not None:
         dtype = torch.float32 if dtype is None else dtype
-        tensors = quantised(_our_tensors(path, config, family, dtype=torch.float32), quant, dtype=dtype)
+        importance = None
+        if quant == "int4":
+            importance = input_importance(assemble(config, dict(_our_tensors(path, config, family, dtype=None)), device="cpu"))
+        tensors = quantised(_our_tensors(path, config, family, dtype=torch.float32), quant, dtype=dtype, importance=importance)
         own = quant
     else:
         tensors = _our_tensors(path, config, family, dtype=dtype)
@@ -258,6 +262,10 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
     stored = kinds.get(file.tensors["token_embd.weight"].kind, torch.float32) if dtype is None else dtype
     if quant is not None and dtype is None:
         stored = torch.float32
+    importance = None
+    matrices = [b for b in bindings if quant is not None and layout_for(b.ours[0], b.our_shapes[0], quant) == "int4"]
+    if any(GGUF_LAYOUTS.get(file.tensors[binding.theirs].kind) != "int4" for binding in matrices):
+        importance = input_importance(_load_gguf(path, dtype=torch.float32, device="cpu", quant=None).model)
     tensors: dict[str, Tensor] = {}
     for binding in bindings:
         entry = file.tensors[binding.theirs]
@@ -273,6 +281,6 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
                 array = array - np.float32(record.norm_shift(name)) if record.norm_shift(name) else array
                 tensors[name] = torch.from_numpy(array).to(stored if quant is None else torch.float32).contiguous()
         if quant is not None:
-            tensors |= quantised([(name, tensors[name]) for name in binding.ours], quant, dtype=stored)
+            tensors |= quantised([(name, tensors[name]) for name in binding.ours], quant, dtype=stored, importance=importance)
     model = assemble(config, tensors, device=device)
     return LoadedModel(model, config, record.family, model.dtype, path, eos_ids_of(file.metadata), {}, quant)

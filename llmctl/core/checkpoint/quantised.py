@@ -9,7 +9,9 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from llmctl.core.checkpoint.folder import QUANT_FORMAT, QUANT_METHOD, and_more
@@ -29,10 +31,17 @@ if TYPE_CHECKING:
 _PARTS = ("codes", "scales", "minimums")
 
 
-def quantised(tensors: Iterable[tuple[str, Tensor]], wanted: Layout, *, dtype: torch.dtype) -> Iterator[tuple[str, Tensor]]:
+def quantised(
+    tensors: Iterable[tuple[str, Tensor]],
+    wanted: Layout,
+    *,
+    dtype: torch.dtype,
+    importance: Mapping[str, NDArray[np.float32]] | None = None,
+) -> Iterator[tuple[str, Tensor]]:
     """The decoder's tensors with those that `layout_for` names quantised, one after the other, and the rest in `dtype`.
 
-    Raises InputError that names a tensor that cannot be quantised.
+    `importance` is that of each matrix's inputs, by name, where it is known. Raises InputError that names a tensor that
+    cannot be quantised.
     """
     for name, tensor in tensors:
         layout = None if isinstance(tensor, QuantWeight) else layout_for(name, tuple(tensor.shape), wanted)
@@ -40,7 +49,8 @@ def quantised(tensors: Iterable[tuple[str, Tensor]], wanted: Layout, *, dtype: t
             yield name, tensor.to(dtype)
             continue
         try:
-            yield name, QuantWeight.of(quantise(tensor.detach().float().cpu().numpy(), layout), dtype=dtype)
+            numbers = tensor.detach().float().cpu().numpy()
+            yield name, QuantWeight.of(quantise(numbers, layout, importance=(importance or {}).get(name)), dtype=dtype)
         except InputError as error:
             raise InputError(f"tensor {name!r}: {error}") from error
 
