@@ -1,5 +1,6 @@
 """What the decoder promises beyond parity: documents, ragged caches, positions, padding, initial weights, facts."""
 
+import copy
 import dataclasses
 import math
 import subprocess
@@ -12,7 +13,7 @@ import torch
 import transformers
 
 from llmctl.core.checkpoint import load_model, save_model
-from llmctl.core.config.model import ModelConfig, RopeScaling
+from llmctl.core.config.model import Experts, ModelConfig, RopeScaling
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.model import Decoder, KVCache
 from llmctl.core.model.attention import Pattern, attend
@@ -35,6 +36,11 @@ VARIANTS = {
     "no-positions": dataclasses.replace(LLAMA, positions="none"),
     "learned": dataclasses.replace(LLAMA, positions="learned", norm="layer", norm_bias=True, gated_mlp=False, activation="gelu_tanh"),
     "sinusoidal": dataclasses.replace(LLAMA, positions="sinusoidal", tie_embeddings=True),
+    "experts": dataclasses.replace(LLAMA, experts=Experts(num_experts=5, num_active=2, mlp_size=24, normalised=True, layers=(False, True))),
+    "norms-after": dataclasses.replace(LLAMA, pre_norms=False, post_norms=True, qk_norm=False, qk_norm_whole=True),
+    "norms-around": dataclasses.replace(LLAMA, post_norms=True, norm_plus_one=True, windows=(4, None), local_rope_theta=50.0),
+    "parallel": dataclasses.replace(LLAMA, parallel_residual=True, norm="layer", norm_bias=True, gated_mlp=False, rotary_dim=4),
+    "some-layers-rotate": dataclasses.replace(LLAMA, rope_layers=(True, False)),
     "dynamic": dataclasses.replace(LLAMA, max_positions=16, rope_scaling=RopeScaling(kind="dynamic", parameters={"factor": 2.0})),
 }
 
@@ -193,6 +199,64 @@ def test_dynamic_scaling_follows_each_text_alone() -> None:
         positions[1, 20:] = -1
         both = ours(torch.cat([long, padded]), positions=positions, cache=KVCache(ours.config, num_slots=2, capacity=40))
         torch.testing.assert_close(both[1, :20], ours(padded[:, :20])[0], atol=1e-5, rtol=1e-5)
+
+
+def test_longrope_changes_its_frequencies_with_the_length_of_each_text() -> None:
+    """As in transformers with a batch of one, on both sides of the trained length."""
+    factors = {"short_factor": [1.0, 1.1, 1.3, 1.5], "long_factor": [1.0, 2.0, 4.0, 8.0]}
+    hf = transformers.Phi3Config(
+        vocab_size=97,
+        hidden_size=32,
+        intermediate_size=40,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        max_position_embeddings=64,
+        original_max_position_embeddings=16,
+        rope_parameters={"rope_type": "longrope", "rope_theta": 1e3, "original_max_position_embeddings": 16, **factors},
+        pad_token_id=None,
+    )
+    reference = transformers.Phi3ForCausalLM(hf).eval()
+    from llmctl.core.checkpoint import hf_tensors
+    from llmctl.core.families import FAMILIES
+
+    config = FAMILIES["phi3"].config_from_hf(hf.to_dict())
+    ours = random_model(config)
+    reference.load_state_dict(hf_tensors(config, FAMILIES["phi3"], ours.state_dict(), dtype=torch.float32))
+    with torch.no_grad():
+        for num_tokens in (10, 16, 17, 40, 12):
+            tokens = random_tokens(1, num_tokens)
+            torch.testing.assert_close(ours(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+def test_an_expert_works_only_on_the_tokens_that_chose_it() -> None:
+    """The work of all experts together is the chosen pairs, and the result that of the sum over all experts in float64."""
+    config = VARIANTS["experts"]
+    assert config.experts is not None
+    routed = random_model(config).layers[1].mlp
+    x = torch.randn(1, 3, config.hidden_size, generator=torch.Generator().manual_seed(1))
+    seen: dict[int, int] = {}
+    for number, expert in enumerate(routed.experts):
+        expert.register_forward_hook(lambda _, inputs, __, number=number: seen.update({number: len(inputs[0])}))
+    with torch.no_grad():
+        found = routed(x)
+        assert sum(seen.values()) == 3 * config.experts.num_active
+        assert set(seen) == set(routed.route(x[0])[1].flatten().tolist())
+        wide = copy.deepcopy(routed).double()
+        probabilities = torch.softmax(wide.router(x[0].double()), -1)
+        kept = probabilities >= probabilities.topk(2, dim=-1).values[:, 1:]
+        weights = probabilities * kept / (probabilities * kept).sum(-1, keepdim=True)
+        wanted = sum(weights[:, e : e + 1] * expert(x[0].double()) for e, expert in enumerate(wide.experts))
+    torch.testing.assert_close(found[0].double(), wanted, atol=1e-5, rtol=1e-5)
+    assert routed(x[:, :0]).shape == (1, 0, config.hidden_size)
+
+
+def test_flops_of_a_mixture_count_the_experts_in_use() -> None:
+    config = VARIANTS["experts"]
+    assert config.experts is not None
+    dense = dataclasses.replace(config, experts=None)
+    one_mlp = 3 * config.hidden_size * config.mlp_size
+    active = 2 * 3 * config.hidden_size * 24 + 5 * config.hidden_size
+    assert flops_per_token(config, 16) - flops_per_token(dense, 16) == 6 * (active - one_mlp)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
