@@ -46,6 +46,11 @@ def run(config: GenerateConfig, shell: Shell) -> None:
 
         run_job(config, shell)
         return
+    if config.merge:
+        from llmctl.cli.generate_batch import run_merge
+
+        run_merge(config, shell)
+        return
     if config.lines:
         from llmctl.cli.generate_lines import run_lines
 

@@ -6,7 +6,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -25,6 +25,7 @@ if TYPE_CHECKING:
     from llmctl.core.infer.batch import BatchFinished
     from llmctl.core.infer.generator import Generator
     from llmctl.core.infer.results import ResultFile
+    from llmctl.core.infer.rows import BadRow, Row
 
 _LATER = ("quant", "best_of", "logprobs", "ignore_eos", "min_new_tokens")
 _NUM_TOLD = 3
@@ -33,8 +34,11 @@ _NUM_TOLD = 3
 
 def run_job(config: GenerateConfig, shell: Shell) -> None:
     """Answer every row of the input."""
-    in_path, out_path = _check_files(config)
-    from llmctl.core.infer.rows import file_lines, polled_lines
+    shard = config.shard_numbers or torchrun_shard(os.environ)
+    in_path, out_path = _check_files(config, shard)
+    if shard is not None and config.seed is None and config.temperature != 0:
+        raise UsageError("torchrun's ranks need --seed (or --temperature 0), so that all draw from the same one")
+    from llmctl.core.infer.rows import file_lines, parsed_rows, polled_lines, sharded
 
     stats = Stats()
     with ExitStack() as stack:
@@ -53,7 +57,12 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
             rows = stack.enter_context(in_path.open("rb") if in_path is not None else _spooled(shell))
             input_hash, num_lines = input_facts(rows)
             rows.seek(0)
-            seed = results.begin(_job(config, generator, input_hash), seed=seed, drawn_seed=drawn)
+            job = _job(config, generator, input_hash)
+            if shard is not None:
+                num_lines = sum(1 for _ in sharded((line for line in file_lines(rows) if line.strip()), shard))
+                job |= {"shard": f"{shard[0]}/{shard[1]}", "num_results": num_lines * config.num_samples}
+                rows.seek(0)
+            seed = results.begin(job, seed=seed, drawn_seed=drawn)
             _tell_state(results, shell)
             lines = file_lines(rows)
         else:
@@ -61,10 +70,33 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
             lines = polled_lines(sys.stdin.fileno()) if in_path is None else file_lines(stack.enter_context(in_path.open("rb")))
         if config.seed is None:
             shell.note(f"seed {seed}")
-        _answer(config, shell, generator, lines, seed, results, num_lines, stats)
+        wanted = parsed_rows(lines)
+        if shard is not None:
+            wanted = sharded(wanted, shard)
+        _answer(config, shell, generator, wanted, seed, results, num_lines, stats)
 
 
-def _check_files(config: GenerateConfig) -> tuple[Path | None, Path | None]:
+def torchrun_shard(environ: Mapping[str, str]) -> tuple[int, int] | None:
+    """The shard of this rank, where torchrun started several."""
+    rank, world_size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
+    if "TORCHELASTIC_RUN_ID" not in environ or not rank.isdigit() or not world_size.isdigit() or int(world_size) < 2:
+        return None
+    return int(rank) + 1, int(world_size)
+
+
+def run_merge(config: GenerateConfig, shell: Shell) -> None:
+    """Join the shards of --output."""
+    from llmctl.core.infer.merge import merge_shards
+
+    path = Path(str(config.output))
+    check_out_file(path)
+    merged = merge_shards(path, overwrite=config.overwrite)
+    shell.note(f"{path}: {merged.num_results:,} results of {merged.num_shards:,} shards")
+    if merged.num_failed:
+        raise PartialFailure(f"{merged.num_failed:,} rows had failed; {merged.errors_path} lists them")
+
+
+def _check_files(config: GenerateConfig, shard: tuple[int, int] | None) -> tuple[Path | None, Path | None]:
     """The files of --input and --output, None for stdin and stdout. Refuses what cannot work before anything is loaded."""
     assert config.input is not None
     in_path = None if config.input == "-" else Path(config.input)
@@ -82,6 +114,10 @@ def _check_files(config: GenerateConfig) -> tuple[Path | None, Path | None]:
         if config.overwrite:
             raise UsageError("--overwrite needs --output FILE")
         return in_path, None
+    if shard is not None:
+        from llmctl.core.infer.merge import shard_path
+
+        out_path = shard_path(out_path, shard)
     check_out_file(out_path)
     if out_path.exists() and not stat.S_ISREG(out_path.stat().st_mode):
         raise UsageError(f"--output {out_path}: is not a regular file; use --output - and a redirection")
@@ -137,7 +173,7 @@ def _answer(
     config: GenerateConfig,
     shell: Shell,
     generator: "Generator",
-    lines: Iterator[bytes | None] | Iterator[bytes],
+    rows: "Iterator[Row | BadRow | None]",
     seed: int,
     results: "ResultFile | None",
     num_lines: int | None,
@@ -146,7 +182,6 @@ def _answer(
     from llmctl.core.infer.batch import BatchFinished, BatchSettings, RowDone, RowFailed, run_batch
     from llmctl.core.infer.defaults import merged
     from llmctl.core.infer.events import Warned
-    from llmctl.core.infer.rows import parsed_rows
 
     settings = BatchSettings(
         params=merged(generator.params, config.given_sampling()),
@@ -158,11 +193,12 @@ def _answer(
         num_logprobs=config.logprobs,
         ignore_eos=config.ignore_eos,
         min_new_tokens=config.min_new_tokens or 0,
+        ordered=config.ordered,
     )
     first_error, num_failed, num_prompt_tokens, started_s = "", 0, 0, time.monotonic()
     stats.start()
     with stop_flag() as stop, _Progress(shell, num_lines, config.num_samples, len(results.done) if results else 0) as progress:
-        for event in run_batch(parsed_rows(lines), generator, settings, results=results, stop=stop):
+        for event in run_batch(rows, generator, settings, results=results, stop=stop):
             if isinstance(event, RowDone):
                 progress.row(event.num_new_tokens)
                 num_prompt_tokens += event.num_prompt_tokens

@@ -156,6 +156,14 @@ class GenerateConfig:
         None, "Batch: JSONL to append results to; run again to go on. [default: -, stdout]", "-o", metavar="FILE", panel=_BATCH
     )
     overwrite: bool = option(False, "Batch: begin anew if the output exists.", panel=_BATCH)
+    ordered: bool = option(False, "Batch: results in the order of the rows, not as they finish.", panel=_BATCH)
+    shard: str | None = option(
+        None,
+        "Batch: answer the i-th of n parts of the rows, into a file of its own beside --output. [default: the rank, under torchrun]",
+        metavar="I/N",
+        panel=_BATCH,
+    )
+    merge: bool = option(False, "Batch: check the shards of --output, join them into it, and stop.", panel=_BATCH)
     batch_size: int = option(8, "Texts under way at once; halved when memory is short.", "-b", minimum=1, maximum=65_536, panel=_BATCH)
 
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
@@ -181,6 +189,13 @@ class GenerateConfig:
         if self.input is not None:
             self._refuse_beside("--input", ("text", "prompt", "prompt_file", "echo", "lines"), "the rows hold the prompts")
             self._refuse_beside("--input", ("code",), "a row holds the whole text")
+            self._refuse_beside("--input", ("merge",), "the shards hold their rows")
+            if self.shard_numbers is not None and self.seed is None and self.temperature != 0:
+                raise UsageError("--shard needs --seed (or --temperature 0), so that all shards draw from the same one")
+        elif self.merge:
+            self._check_merge()
+        elif self.ordered or self.shard is not None:
+            raise UsageError(f"--{'ordered' if self.ordered else 'shard'} needs --input: it is about the rows of a batch")
         elif self.output is not None:
             raise UsageError("--output needs --input; the text of a single prompt goes to stdout, so use `> file`")
         if self.chat is False and self.system is not None:
@@ -205,6 +220,21 @@ class GenerateConfig:
             raise UsageError("--stop: an empty string would stop at once; give some text")
         if self.num_beams > 1:
             self._check_beams()
+
+    def _check_merge(self) -> None:
+        self._refuse_beside("--merge", ("text", "prompt", "prompt_file", "lines", "shard", "ordered"), "it joins what is there")
+        if self.output in (None, "-"):
+            raise UsageError("--merge needs --output FILE, as it was given to the shards")
+
+    @property
+    def shard_numbers(self) -> tuple[int, int] | None:
+        """--shard I/N as numbers."""
+        if self.shard is None:
+            return None
+        index, _, count = self.shard.partition("/")
+        if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and 1 <= int(index) <= int(count)):
+            raise UsageError(f"--shard {self.shard}: I/N is wanted, I from 1 to N, for instance 2/4")
+        return int(index), int(count)
 
     def _refuse_beside(self, flag: str, names: tuple[str, ...], reason: str) -> None:
         for name in names:

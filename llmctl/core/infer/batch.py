@@ -13,6 +13,7 @@ from llmctl.core.infer.engine import never_stop
 from llmctl.core.infer.events import Failed, Finished, Request, Warned
 from llmctl.core.infer.generator import Generator
 from llmctl.core.infer.logprobs import logprob_rows
+from llmctl.core.infer.order import InOrder
 from llmctl.core.infer.results import ResultFile, result_key
 from llmctl.core.infer.rows import BadRow, Row, id_key
 from llmctl.core.infer.sampler import SamplingParams
@@ -68,11 +69,8 @@ class BatchSettings:
     num_logprobs: int | None = None
     ignore_eos: bool = False
     min_new_tokens: int = 0
-
-    @property
-    def num_made(self) -> int:
-        """Texts made of each row."""
-        return self.num_samples if self.best_of is None else self.best_of
+    ordered: bool = False
+    """Give results in the order of the rows: one that is finished early waits for those before it."""
 
 
 @dataclass
@@ -82,6 +80,7 @@ class _Pending:
     row: Row
     num_cut: int
     is_greedy: bool
+    place: int
 
 
 def run_batch(
@@ -104,10 +103,10 @@ def run_batch(
     for event in events:
         if isinstance(event, Finished):
             if event.finish != "interrupted" and job.awaits(event):
-                yield job.done(event)
+                yield from job.done(event)
         elif isinstance(event, Failed):
             if job.awaits(event):
-                yield job.failed(event)
+                yield from job.failed(event)
         elif isinstance(event, Warned):
             yield event
         if results is not None:
@@ -121,7 +120,9 @@ class _Job:
     def __init__(self, generator: Generator, settings: BatchSettings, results: ResultFile | None) -> None:
         self._generator, self._settings, self._results = generator, settings, results
         self._pending: dict[str, _Pending] = {}
-        self._refused_rows: dict[int, Row | BadRow] = {}
+        self._refused_rows: dict[int, tuple[Row | BadRow, int]] = {}
+        self._order: InOrder[RowDone | RowFailed] | None = InOrder() if settings.ordered else None
+        self._num_places = 0
         self._seen: set[str] = set()
         self._num_done = self._num_failed = self._num_skipped = self._num_cut = self._num_new_tokens = 0
 
@@ -153,7 +154,7 @@ class _Job:
             return
         self._num_cut += bool(num_cut)
         for sample in samples:
-            self._pending[result_key(row.id, sample)] = _Pending(row, num_cut, requests[0].params.is_greedy)
+            self._pending[result_key(row.id, sample)] = _Pending(row, num_cut, requests[0].params.is_greedy, self._place())
         yield from requests
 
     def _made(self, row: Row, samples: list[int]) -> tuple[list[Request], int]:
@@ -181,15 +182,34 @@ class _Job:
         return requests, prompt.num_cut
 
     def _refused(self, row: Row | BadRow, error: str) -> Failed:
-        self._refused_rows[row.line] = row
+        self._refused_rows[row.line] = row, self._place()
         return Failed(id=row.id, sample_index=0, error=error, line=row.line)
+
+    def _place(self) -> int:
+        """The next place in the order of the results."""
+        self._num_places += 1
+        return self._num_places - 1
+
+    def _given(self, outcome: RowDone | RowFailed, place: int) -> Iterator[RowDone | RowFailed]:
+        """Write the outcomes whose turn has come, and give them."""
+        for due in [outcome] if self._order is None else self._order.put(place, outcome):
+            if isinstance(due, RowDone):
+                if self._results is not None:
+                    self._results.append(due.row)
+                self._num_done += 1
+                self._num_new_tokens += due.num_new_tokens
+            else:
+                if self._results is not None:
+                    self._results.append_error(due.row)
+                self._num_failed += 1
+            yield due
 
     def awaits(self, event: Finished | Failed) -> bool:
         """Whether the event's result is wanted: with best_of, an earlier run may have left some of a row's."""
         return (isinstance(event, Failed) and event.line is not None) or result_key(event.id, event.sample_index) in self._pending
 
-    def done(self, event: Finished) -> RowDone:
-        """The result row of a finished text, appended."""
+    def done(self, event: Finished) -> Iterator[RowDone | RowFailed]:
+        """A text is finished: its result row, appended; with an order, what is due."""
         pending = self._pending.pop(result_key(event.id, event.sample_index))
         row: dict[str, Any] = {"id": event.id}
         if self._settings.num_samples > 1:
@@ -208,29 +228,24 @@ class _Job:
             row["logprobs"] = logprob_rows(event.token_ids, event.logprobs, self._generator.tokenizer.token_text)
         if pending.num_cut:
             row["num_cut"] = pending.num_cut
-        if self._results is not None:
-            self._results.append(row)
-        self._num_done += 1
-        self._num_new_tokens += event.num_new_tokens
-        return RowDone(row=row, num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
+        outcome = RowDone(row=row, num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
+        yield from self._given(outcome, pending.place)
 
-    def failed(self, event: Failed) -> RowFailed:
-        """The error row of a request that failed, appended."""
+    def failed(self, event: Failed) -> Iterator[RowDone | RowFailed]:
+        """A request has failed: its error row, appended; with an order, what is due."""
         record: dict[str, Any] = {"id": event.id}
         if event.line is not None:
-            row, error = self._refused_rows.pop(event.line), event.error
+            (row, place), error = self._refused_rows.pop(event.line), event.error
         else:
-            row = self._pending.pop(result_key(event.id, event.sample_index)).row
+            pending = self._pending.pop(result_key(event.id, event.sample_index))
+            row, place = pending.row, pending.place
             error = f"line {row.line}: {event.error}"
             if self._settings.num_samples > 1:
                 record["sample"] = event.sample_index
         if isinstance(row, Row):
             record |= row.extra
         record |= {"line": row.line, "error": error}
-        if self._results is not None:
-            self._results.append_error(record)
-        self._num_failed += 1
-        return RowFailed(row=record, error=error)
+        yield from self._given(RowFailed(row=record, error=error), place)
 
     def summary(self, *, interrupted: bool) -> BatchFinished:
         """The counts."""

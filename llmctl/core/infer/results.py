@@ -27,8 +27,8 @@ class ResultFile:
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         """Open and lock `path`. Raises UsageError when it cannot be written to, LockedError when another job holds it."""
         self.path = Path(path)
-        self.job_path = self.path.with_name(self.path.name + ".run.json")
-        self.errors_path = self.path.with_name(self.path.name.removesuffix(".jsonl") + ".errors.jsonl")
+        self.job_path = job_path_of(self.path)
+        self.errors_path = errors_path_of(self.path)
         self.done: set[str] = set()
         self.num_torn_bytes = 0
         self._errors_fd: int | None = None
@@ -162,6 +162,16 @@ class ResultFile:
         else:
             with contextlib.suppress(Exception):  # the first error is the one to tell
                 self.close()
+
+
+def job_path_of(path: Path) -> Path:
+    """Where it stands what job made the result file `path`."""
+    return path.with_name(path.name + ".run.json")
+
+
+def errors_path_of(path: Path) -> Path:
+    """Where the rows of `path` stand that failed."""
+    return path.with_name(path.name.removesuffix(".jsonl") + ".errors.jsonl")
 
 
 def result_key(id: Any, sample: Any) -> str:

@@ -6,7 +6,7 @@ import select
 import time
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from typing import IO, Any
+from typing import IO, Any, TypeVar
 
 from llmctl.core.config.generate import ROW_PARAMETERS
 from llmctl.core.errors import InputError
@@ -82,6 +82,22 @@ def parsed_rows(lines: Iterable[bytes | None]) -> Iterator[Row | BadRow | None]:
         number += 1
         if raw.strip():
             yield parse_row(raw, number)
+
+
+RowT = TypeVar("RowT")
+
+
+def sharded(rows: Iterable[RowT | None], shard: tuple[int, int]) -> Iterator[RowT | None]:
+    """Of the rows those of shard (i, n), i from 1: the i-th, the (n + i)-th, and so on. None stays where it is."""
+    index, count = shard
+    number = 0
+    for row in rows:
+        if row is None:
+            yield None
+            continue
+        number += 1
+        if (number - index) % count == 0:
+            yield row
 
 
 def _row(value: dict[str, Any], line: int, id: int | str) -> Row:

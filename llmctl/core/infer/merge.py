@@ -1,0 +1,135 @@
+"""Shards of a batch job: where they lie, and how they become one result file. Knows result files; knows no model."""
+
+import contextlib
+import fcntl
+import json
+import re
+from collections.abc import Iterator
+from contextlib import ExitStack
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from llmctl.core.errors import InputError, LockedError, NotFoundError, UsageError
+from llmctl.core.files import atomic_write, parse_json, read_json, write_json
+from llmctl.core.infer.results import errors_path_of, job_path_of, result_key
+
+_OF_SHARD = ("shard", "num_results")
+"""What a shard's job says of itself; all the rest must be the same in every shard."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Merged:
+    """A merge is done."""
+
+    num_shards: int
+    num_results: int
+    num_failed: int
+    errors_path: Path
+
+
+def shard_path(path: Path, shard: tuple[int, int]) -> Path:
+    """The result file of shard (i, n), beside `path`: answers.jsonl becomes answers.shard-2-of-4.jsonl."""
+    stem = path.name.removesuffix(".jsonl")
+    return path.with_name(f"{stem}.shard-{shard[0]}-of-{shard[1]}{path.name[len(stem) :]}")
+
+
+def merge_shards(path: Path, *, overwrite: bool = False) -> Merged:
+    """Join the shards of `path`, one after the other, into it; the shards stay.
+
+    Raises NotFoundError when there are none or one is missing, InputError when they are of different jobs, not whole or
+    hold an id twice, LockedError when one is still being written, UsageError when `path` is there and not to be replaced.
+    """
+    if path.exists() and path.stat().st_size and not overwrite:
+        raise UsageError(f"--output {path}: is there already; choose another name, or use --overwrite")
+    shards = _find(path)
+    seen: set[str] = set()
+    errors: list[bytes] = []
+    num_results = num_failed = 0
+    common: dict[str, Any] | None = None
+    with ExitStack() as stack:
+        files = [stack.enter_context(_locked(shard)) for shard in shards]
+        with atomic_write(path) as out:
+            for shard, file in zip(shards, files, strict=True):
+                job = _job(shard, shards.index(shard) + 1, len(shards))
+                shared = {name: value for name, value in job.items() if name not in _OF_SHARD}
+                common = shared if common is None else common
+                if differing := [name for name in {**common, **shared} if common.get(name) != shared.get(name)]:
+                    raise InputError(f"{shard} is of another job than {shards[0]}: {', '.join(differing)} differ; make it again")
+                found = 0
+                for line, row in _rows(shard, file):
+                    key = result_key(row["id"], row.get("sample", 0))
+                    if key in seen:
+                        raise InputError(f"{shard}: the id {json.dumps(row['id'])} has been used before, by this shard or another")
+                    seen.add(key)
+                    found += 1
+                    out.write(line)
+                failed = _errors(errors_path_of(shard), errors)
+                lacking = job["num_results"] - found - sum(1 if single else job.get("num_samples", 1) for single in failed)
+                if lacking > 0:
+                    raise InputError(f"{shard}: {lacking:,} of its {job['num_results']:,} results are missing; run that shard again")
+                num_results, num_failed = num_results + found, num_failed + len(failed)
+    if errors:
+        with atomic_write(errors_path_of(path)) as out:
+            out.writelines(errors)
+    else:
+        errors_path_of(path).unlink(missing_ok=True)
+    write_json(job_path_of(path), common)
+    return Merged(num_shards=len(shards), num_results=num_results, num_failed=num_failed, errors_path=errors_path_of(path))
+
+
+def _find(path: Path) -> list[Path]:
+    """All shards of `path`, in order."""
+    stem = path.name.removesuffix(".jsonl")
+    pattern = re.compile(re.escape(stem) + r"\.shard-(\d+)-of-(\d+)" + re.escape(path.name[len(stem) :]))
+    found = [(int(match[1]), int(match[2])) for file in path.parent.iterdir() if (match := pattern.fullmatch(file.name))]
+    if not found:
+        raise NotFoundError(f"no shards of {path} are there; they are made by --shard I/N with the same --output")
+    counts = {count for _, count in found}
+    if len(counts) > 1:
+        raise InputError(f"shards of {path} by {' and by '.join(map(str, sorted(counts)))} are there; remove those that are not wanted")
+    (count,) = counts
+    if missing := sorted(set(range(1, count + 1)) - {index for index, _ in found}):
+        raise NotFoundError(f"{shard_path(path, (missing[0], count))} is not there; run --shard {missing[0]}/{count}")
+    return [shard_path(path, (index, count)) for index in range(1, count + 1)]
+
+
+@contextlib.contextmanager
+def _locked(path: Path) -> Iterator[Any]:
+    with open(path, "rb") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+        except OSError as error:
+            raise LockedError(f"{path} is being written by another run; wait for it") from error
+        yield file
+
+
+def _job(shard: Path, index: int, count: int) -> dict[str, Any]:
+    path = job_path_of(shard)
+    if not path.is_file():
+        raise InputError(f"{shard}: no {path.name} says what made it; run that shard again")
+    job = read_json(path)
+    if not isinstance(job, dict) or job.get("shard") != f"{index}/{count}" or not isinstance(job.get("num_results"), int):
+        raise InputError(f"{path}: is not of shard {index}/{count}; run that shard again")
+    return job
+
+
+def _rows(shard: Path, file: Any) -> Iterator[tuple[bytes, dict[str, Any]]]:
+    for number, line in enumerate(file, start=1):
+        row = parse_json(line, where=f"{shard}: line {number}") if line.endswith(b"\n") else None
+        if not isinstance(row, dict) or "id" not in row:
+            raise InputError(f"{shard}: line {number} is not a whole result row; run that shard again")
+        yield line, row
+
+
+def _errors(path: Path, errors: list[bytes]) -> list[bool]:
+    """Add the error rows of a shard to `errors`; for each whether it is of a single sample."""
+    if not path.exists():
+        return []
+    singles = []
+    with open(path, "rb") as file:
+        for line in file:
+            row = parse_json(line, where=str(path))
+            singles.append(isinstance(row, dict) and "sample" in row)
+            errors.append(line)
+    return singles
