@@ -61,7 +61,10 @@ def pack(config: PackConfig, shell: Shell) -> None:
     assert done is not None
     _show_result(done, shell)
     if done.num_errors:
-        raise PartialFailure(f"{done.num_errors:,} records could not be read and were left out; {done.errors_file} lists them")
+        records = (
+            "1 record could not be read and was" if done.num_errors == 1 else f"{done.num_errors:,} records could not be read and were"
+        )
+        raise PartialFailure(f"{records} left out; {done.errors_file} lists them")
 
 
 def _show_plan(plan: "PackPlanned", shell: Shell) -> None:

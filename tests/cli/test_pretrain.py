@@ -110,6 +110,8 @@ def test_exit_codes_without_a_run(packed: Path, tmp_path: Path, capfd: pytest.Ca
         (2, "--depth", arguments(packed, here, "--depth", "0")),
         (2, "--nonfinite", arguments(packed, here, "--nonfinite", "shrug")),
         (2, "give one of them", arguments(packed, here, "--resume", "--auto-resume")),
+        (2, "b'run\\xff': the name is not UTF-8", arguments(packed, Path("run\udcff"))),
+        (2, "File name too long", arguments(packed, tmp_path / ("x" * 300))),
         (10, "no such folder", arguments(tmp_path / "nothing", here)),
         (10, "--auto-resume", arguments(packed, here, "--resume")),
         (10, "no run folder", ["pretrain", "--out-dir", str(here), "--resume"]),

@@ -146,7 +146,7 @@ def test_bad_records(tmp_path: Path, tokenizer_dir: Path) -> None:
     assert_one_error(done, 4, "bad.jsonl: line 17:", "--on-error skip")
     assert not out.exists()
     done = pack(*base, "-q", "--on-error", "skip")
-    assert_one_error(done, 3, "1 record", str(out / "errors.jsonl"))
+    assert_one_error(done, 3, "1 record could not be read and was left out", str(out / "errors.jsonl"))
     assert json.loads((out / "errors.jsonl").read_text())["line"] == 17
     bad.write_bytes(b"nothing\n")
     assert_one_error(pack(*base[:3], "-o", tmp_path / "out2", "-q", "--on-error", "skip"), 1, "every record failed")

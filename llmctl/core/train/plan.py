@@ -6,6 +6,7 @@ entered, the job made, the plan told, and the loop started.
 
 import dataclasses
 import math
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from typing import Literal, Protocol, cast
 
 import torch
 
+from llmctl.core.config.fields import flag_of, options_of
 from llmctl.core.config.finetune import FinetuneConfig
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig, seconds, skips_allowed
@@ -121,6 +123,7 @@ def train_subject(config: RunConfig, subject: Subject, *, stop: Stop, save_reque
     """
     if config.out_dir is None and not config.dry_run:
         raise UsageError("--out-dir is missing: the run folder for checkpoints and metrics")
+    _check_names(config)
     resuming = _wants_resume(config)
     run: RunFolder | None = None
     if config.out_dir is not None and not resuming:
@@ -145,6 +148,19 @@ def train_subject(config: RunConfig, subject: Subject, *, stop: Stop, save_reque
     finally:
         if run is not None:
             run.close()
+
+
+def _check_names(config: RunConfig) -> None:
+    """Refuse names that are no UTF-8: config.toml, status.json and the metrics are text, and hold them."""
+    for field in options_of(type(config)):
+        value = getattr(config, field.name)
+        for name in value if isinstance(value, tuple) else (value,):
+            try:
+                str(name).encode("utf-8")
+            except UnicodeEncodeError:
+                raise UsageError(
+                    f"{flag_of(field)} {os.fsencode(str(name))!r}: the name is not UTF-8, so the run's settings cannot hold it; rename it"
+                ) from None
 
 
 def _refuse_used(config: RunConfig) -> None:
