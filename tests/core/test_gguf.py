@@ -5,6 +5,7 @@ import os
 import struct
 import sys
 import tracemalloc
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,10 @@ LAYER_NAMES = {
     "mlp.gate_proj": "ffn_gate",
     "mlp.up_proj": "ffn_up",
     "mlp.down_proj": "ffn_down",
+    "mlp.gate": "ffn_gate_inp",
+    "mlp.experts.gate_proj": "ffn_gate_exps",
+    "mlp.experts.up_proj": "ffn_up_exps",
+    "mlp.experts.down_proj": "ffn_down_exps",
     "pre_feedforward_layernorm": "ffn_norm",
     "post_feedforward_layernorm": "post_ffw_norm",
 }
@@ -69,10 +74,22 @@ def permute(weights: np.ndarray, n_head: int, n_head_kv: int | None) -> np.ndarr
     return weights.reshape(n_head, 2, weights.shape[0] // n_head // 2, *weights.shape[1:]).swapaxes(1, 2).reshape(weights.shape)
 
 
+def unfused(model: transformers.PreTrainedModel) -> Iterator[tuple[str, torch.Tensor]]:
+    """The tensors of a model, its experts' gates and ups apart: transformers holds them in one, GGUF in two."""
+    for name, tensor in model.state_dict().items():
+        if name.endswith("experts.gate_up_proj"):
+            gate, up = tensor.chunk(2, dim=1)
+            yield name.replace("gate_up_proj", "gate_proj.weight"), gate.contiguous()
+            yield name.replace("gate_up_proj", "up_proj.weight"), up.contiguous()
+        else:
+            yield (f"{name}.weight" if name.endswith("experts.down_proj") else name), tensor
+
+
 def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str = "F32", extra: dict[str, Any] | None = None) -> None:
     """Write a tiny transformers model as llama.cpp's converter does."""
     config = model.config
     architecture = config.model_type.removesuffix("_text")
+    architecture = {"mixtral": "llama", "qwen3_moe": "qwen3moe"}.get(architecture, architecture)
     writer = gguf.GGUFWriter(path, architecture)
     writer.add_block_count(config.num_hidden_layers)
     writer.add_context_length(config.max_position_embeddings)
@@ -92,7 +109,11 @@ def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str =
     writer.add_key_length(head_dim)
     writer.add_value_length(head_dim)
     writer.add_rope_dimension_count(head_dim)
-    for name, tensor in model.state_dict().items():
+    if getattr(config, "num_experts", None):
+        writer.add_expert_count(config.num_experts)
+        writer.add_expert_used_count(config.num_experts_per_tok)
+        writer.add_expert_feed_forward_length(getattr(config, "moe_intermediate_size", config.intermediate_size))
+    for name, tensor in dict(unfused(model)).items():
         if name == "lm_head.weight" and config.tie_word_embeddings:
             continue
         array = tensor.numpy()
@@ -115,7 +136,10 @@ LLAMAS = ["llama-mha", "llama-gqa-tied", "llama-mqa-biases", "llama-head-dim", "
 GEMMAS = ["gemma-tied", "gemma2-windows", "gemma3-windows"]
 
 
-@pytest.mark.parametrize("setting", [*LLAMAS, *GEMMAS])
+MIXTURES = ["mixtral-two-of-four", "mixtral-all-tied", "qwen3_moe-every-layer"]
+
+
+@pytest.mark.parametrize("setting", [*LLAMAS, *GEMMAS, *MIXTURES])
 def test_models_that_llama_cpp_converts_load_with_equal_logits(setting: str, tmp_path: Path) -> None:
     reference = reference_model(setting)
     write_model(tmp_path / "m.gguf", reference)

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from llmctl.core.config.model import ModelConfig, RopeScaling
+from llmctl.core.config.model import Experts, ModelConfig, RopeScaling
 from llmctl.core.errors import InputError
 from llmctl.core.families.base import Rule, Shape
 
@@ -108,9 +108,29 @@ def _rope_scaling(meta: Metadata) -> RopeScaling | None:
 
 
 def _llama_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
-    if meta.integer("expert_count", 0):
-        raise InputError("GGUF metadata: a mixture of experts (llama.expert_count) is not supported")
     return ModelConfig(**_rotary_config(meta, shapes, vocab_size))
+
+
+def _mixtral_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
+    common = _rotary_config(meta, shapes, vocab_size)
+    return ModelConfig(**common, experts=_experts(meta, common["num_layers"], mlp_size=common["mlp_size"]))
+
+
+def _qwen3_moe_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
+    common = _rotary_config(meta, shapes, vocab_size)
+    experts = _experts(meta, common["num_layers"], mlp_size=meta.integer("expert_feed_forward_length"))
+    return ModelConfig(**common, qk_norm=True, experts=experts)
+
+
+def _experts(meta: Metadata, num_layers: int, *, mlp_size: int) -> Experts:
+    """Routed in every layer, weights divided by their sum, as llama.cpp computes both architectures."""
+    return Experts(
+        num_experts=meta.integer("expert_count"),
+        num_active=meta.integer("expert_used_count"),
+        mlp_size=mlp_size,
+        normalised=True,
+        layers=(True,) * min(num_layers, 1 << 16),
+    )
 
 
 def _qwen_config(meta: Metadata, shapes: Mapping[str, Shape], vocab_size: int) -> ModelConfig:
@@ -190,12 +210,22 @@ _SANDWICH = (
     Rule(f"{_B}.post_ffw_norm.weight", (f"{_L}.mlp_post_norm.weight",)),
 )
 
+_EXPERTS = (
+    *_RULES,
+    Rule(f"{_B}.ffn_gate_inp.weight", (f"{_L}.mlp.router.weight",)),
+    *(Rule(f"{_B}.ffn_{ours}_exps.weight", (f"{_L}.mlp.experts.{{e}}.{ours}.weight",)) for ours in ("gate", "up", "down")),
+)
+_MIXTRAL = "llama with experts"
+"""Our key for what llama.cpp calls llama too, and tells by its experts."""
+
 GGUF_FAMILIES = {
-    family.architecture: family
+    (_MIXTRAL if family.family == "mixtral" else family.architecture): family
     for family in (
         GgufFamily("llama", "llama", _llama_config, _RULES, interleaved=True),
+        GgufFamily("llama", "mixtral", _mixtral_config, _EXPERTS, interleaved=True),
         GgufFamily("qwen2", "qwen2", _qwen_config, _RULES),
         GgufFamily("qwen3", "qwen3", _qwen_config, _RULES),
+        GgufFamily("qwen3moe", "qwen3_moe", _qwen3_moe_config, _EXPERTS),
         GgufFamily("gemma", "gemma", _gemma_config, _RULES, norms_hold_one=True),
         GgufFamily("gemma2", "gemma2", _gemma2_config, _SANDWICH, norms_hold_one=True),
         GgufFamily("gemma3", "gemma3", _gemma3_config, _SANDWICH, norms_hold_one=True),
@@ -207,7 +237,8 @@ def gguf_family(meta: Metadata) -> GgufFamily:
     """The record of an architecture. Raises InputError that lists those that there are."""
     if meta.architecture not in GGUF_FAMILIES:
         raise InputError(f"GGUF architecture {meta.architecture!r} is not supported; the supported ones are {', '.join(GGUF_FAMILIES)}")
-    return GGUF_FAMILIES[meta.architecture]
+    has_experts = meta.architecture == "llama" and meta.integer("expert_count", 0) > 0
+    return GGUF_FAMILIES[_MIXTRAL if has_experts else meta.architecture]
 
 
 def halves_from_pairs(array: Any, head_dim: int) -> Any:
