@@ -151,6 +151,20 @@ def test_models_that_llama_cpp_converts_load_with_equal_logits(setting: str, tmp
         torch.testing.assert_close(loaded.model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
 
 
+@pytest.mark.parametrize("setting", [*GEMMAS, *MIXTURES])
+def test_what_our_export_writes_is_the_same_model(setting: str, tmp_path: Path) -> None:
+    from llmctl.core.export.gguf import family_record, write
+
+    reference_model(setting).save_pretrained(tmp_path)
+    loaded = load_model(tmp_path)
+    tensors = {name: tensor.numpy() for name, tensor in loaded.model.state_dict().items()}
+    write(tmp_path / "m.gguf", config=loaded.config, record=family_record(loaded.family), tensors=tensors, kind="F32", extra={})
+    again = load_model(tmp_path / "m.gguf")
+    tokens = random_tokens(1, 30)
+    with torch.no_grad():
+        torch.testing.assert_close(again.model(tokens), loaded.model(tokens), atol=1e-5, rtol=1e-5)
+
+
 def blocky_model() -> transformers.LlamaForCausalLM:
     """A Llama whose rows are whole blocks of 32."""
     config = transformers.LlamaConfig(

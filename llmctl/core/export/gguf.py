@@ -75,6 +75,16 @@ def metadata(config: ModelConfig, record: GgufFamily) -> dict[str, Any]:
         "rope.freq_base": config.rope_theta,
         "vocab_size": config.vocab_size,
     }
+    optional = {
+        "attention.sliding_window": next((window for window in config.windows or () if window is not None), None),
+        "attn_logit_softcapping": config.attention_softcap,
+        "final_logit_softcapping": config.logit_softcap,
+        "rope.freq_base_swa": config.local_rope_theta,
+        "expert_count": config.experts and config.experts.num_experts,
+        "expert_used_count": config.experts and config.experts.num_active,
+        "expert_feed_forward_length": config.experts and config.experts.mlp_size,
+    }
+    values |= {key: value for key, value in optional.items() if value is not None}
     scaling = config.rope_scaling
     if scaling is not None and scaling.kind in ("linear", "yarn"):
         values |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.parameters["factor"])}
