@@ -86,5 +86,5 @@ def _shown(value: Any) -> str:
 
 
 def _yaml(value: str) -> str:
-    """A string as YAML: JSON's form is valid there too."""
-    return value if re.fullmatch(r"[A-Za-z0-9][\w./-]*", value) else json.dumps(value, ensure_ascii=False)
+    """A string as YAML: JSON's form is valid there too, and no bare word turns into a number or a boolean."""
+    return json.dumps(value, ensure_ascii=False)

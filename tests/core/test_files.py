@@ -97,6 +97,21 @@ def test_killed_at_every_step_a_file_is_the_old_or_the_new_one(tmp_path: Path) -
     assert names(tmp_path) == ["a"]
 
 
+def test_a_name_for_other_writers_has_the_suffix_and_becomes_the_file_or_vanishes(tmp_path: Path) -> None:
+    with files.atomic_path(tmp_path / "a.gguf") as temp:
+        assert temp.suffix == ".gguf"
+        assert temp.name.startswith(files.TEMP_PREFIX)
+        temp.write_bytes(b"new")
+        assert not (tmp_path / "a.gguf").exists()
+    assert (tmp_path / "a.gguf").read_bytes() == b"new"
+    with pytest.raises(ValueError), files.atomic_path(tmp_path / "a.gguf") as temp:  # noqa: PT012
+        temp.write_bytes(b"half")
+        raise ValueError
+    assert [(path.name, path.read_bytes()) for path in tmp_path.iterdir()] == [("a.gguf", b"new")]
+    with pytest.raises(UsageError), files.atomic_path(tmp_path / "no" / "a.gguf"):
+        pass
+
+
 @pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
 def test_a_new_file_has_the_mode_that_open_would_give(tmp_path: Path, mask: int) -> None:
     old = os.umask(mask)
