@@ -78,7 +78,8 @@ def _show_plan(plan: "PackPlanned", shell: Shell) -> None:
     workers = "1 worker" if plan.num_workers == 1 else f"{plan.num_workers} workers"
     shell.note(f"packing {files} ({size}) as {plan.dtype}, vocabulary {plan.vocab_size:,}, {workers}; {held_out}")
     if plan.num_shards_kept:
-        shell.note(f"going on with an interrupted run: {plan.num_shards_kept} finished shards are kept")
+        shards = "1 finished shard is" if plan.num_shards_kept == 1 else f"{plan.num_shards_kept} finished shards are"
+        shell.note(f"going on with an interrupted run: {shards} kept")
 
 
 def _show_result(done: "Packed", shell: Shell) -> None:

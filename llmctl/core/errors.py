@@ -88,10 +88,20 @@ def is_write_failure(error: OSError) -> bool:
     return error.errno in _WRITE_ERRNOS
 
 
-def write_error(error: OSError, *, path: object, bytes_needed: int | None = None, bytes_free: int | None = None) -> WriteError:
-    """The WriteError that says why `path` could not be written, with the room needed and left if known (bytes)."""
+def write_error(
+    error: OSError,
+    *,
+    path: object,
+    bytes_needed: int | None = None,
+    bytes_free: int | None = None,
+    then: str = "run the same command again",
+) -> WriteError:
+    """The WriteError that says why `path` could not be written, with the room needed and left if known (bytes).
+
+    `then` is what to do once there is room.
+    """
     reason = _FULL.get(error.errno or 0) or error.strerror or str(error)
     room = ""
     if bytes_needed is not None and bytes_free is not None:
         room = f" ({bytes_needed:,} bytes needed, {bytes_free:,} free)"
-    return WriteError(f"cannot write {path}: {reason}{room}; free some space or choose another folder, then run the same command again")
+    return WriteError(f"cannot write {path}: {reason}{room}; free some space or choose another folder, then {then}")

@@ -141,7 +141,7 @@ class PackFolder:
         if not names:
             return "no shard was finished, so nothing is kept"
         shown = ", ".join(names[:3]) + (", ..." if len(names) > 3 else "")
-        return f"{len(names)} finished shards are kept in {self.path}: {shown}"
+        return f"{'1 finished shard is' if len(names) == 1 else f'{len(names)} finished shards are'} kept in {self.path}: {shown}"
 
     # the work
 

@@ -23,6 +23,8 @@ from llmctl.core.errors import InputError, NotFoundError, UsageError, WriteError
 from llmctl.core.files import TEMP_PREFIX, atomic_dir, check_manifest, fsync_dir, read_json, write_json, write_manifest
 
 FORMAT = 1
+_THEN = "go on with --resume"
+"""What to do when a checkpoint found no room: the same command again would meet a folder that is in use."""
 _STEP_NAME = re.compile(r"step-(\d{8})")
 
 
@@ -129,7 +131,7 @@ def save_checkpoint(
     target = step_folder(run_dir, state.step)
     free = shutil.disk_usage(run_dir).free
     if free < expected_bytes:
-        raise write_error(OSError(errno.ENOSPC, "no space"), path=target, bytes_needed=expected_bytes, bytes_free=free)
+        raise write_error(OSError(errno.ENOSPC, "no space"), path=target, bytes_needed=expected_bytes, bytes_free=free, then=_THEN)
     try:
         if target.exists():
             discard(target)
@@ -153,7 +155,7 @@ def _as_write_error(error: Exception, target: Path, expected_bytes: int) -> Exce
     number = cause.errno if isinstance(cause, OSError) else int(found.group(1)) if found else None
     if number in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EIO, errno.EROFS):
         free = shutil.disk_usage(target.parent).free
-        return write_error(OSError(number, os.strerror(number)), path=target, bytes_needed=expected_bytes, bytes_free=free)
+        return write_error(OSError(number, os.strerror(number)), path=target, bytes_needed=expected_bytes, bytes_free=free, then=_THEN)
     return error
 
 
