@@ -253,7 +253,7 @@ def test_closed_stdin_and_a_terminal_without_a_prompt() -> None:
 @pytest.mark.parametrize("as_json", [False, True])
 def test_an_interrupt_keeps_the_partial_text(model: Path, as_json: bool, tmp_path: Path) -> None:
     slow = make_model(tmp_path / "slow", context=8192)
-    job = shell("-m", slow, "Once", "-n", 8000, *(["--json"] if as_json else []))
+    job = shell("-m", slow, "Once", "-n", 8000, "--ignore-eos", *(["--json"] if as_json else []))
     assert job.stdout is not None
     assert job.stderr is not None
     assert job.stderr.readline().startswith(b"seed")
