@@ -40,7 +40,7 @@ install: $(VENV)/.llmctl-installed
 install-test: $(VENV)/.llmctl-installed-test
 install-dev: $(VENV)/.llmctl-installed-dev
 
-SOURCES = pyproject.toml constraints.txt
+SOURCES = pyproject.toml constraints.txt hatch_build.py $(wildcard llmctl/core/native/*.cpp llmctl/core/native/*.h llmctl/core/native/*.inl)
 
 $(VENV)/.llmctl-installed: $(SOURCES) | $(BIN)/python
 	$(call pip_install,.)

@@ -200,6 +200,7 @@ complete -c llmctl -n '__llmctl_at \'generate\'' -l batch-size -s b -x -d 'Texts
 complete -c llmctl -n '__llmctl_at \'generate\'' -l device -x -a 'auto cpu cuda mps' -d 'Where to compute'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l dtype -l precision -x -a 'float32 f32 bfloat16 bf16 float16 f16' -d 'Number format of the weights'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l quant -x -a 'int8 int4' -d 'Hold the weights quantised in groups of 32, embeddings and head in 8 bits'
+complete -c llmctl -n '__llmctl_at \'generate\'' -l executor -x -a 'auto native torch' -d 'What computes: the native library, on a CPU and where it knows the model, or torch'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l threads -x -d 'CPU threads'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l config -s c -r -F -d 'Read settings from a TOML file'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l print-config -d 'Show each setting and where it came from, then stop'

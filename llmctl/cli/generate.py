@@ -84,6 +84,7 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         dtype=config.dtype,
         quant=config.quant,  # type: ignore[arg-type]  # checked by its choices
         threads=config.threads,
+        executor=config.executor,  # type: ignore[arg-type]  # checked by its choices
         num_slots=num_slots,
         chat=config.chat,
         system=config.system,

@@ -151,6 +151,7 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
         "system": config.system,
         **({} if preset is None else {"preset": hashlib.sha256(preset.plain_text("{input}").encode("utf-8", "replace")).hexdigest()}),
         "dtype": config.dtype,
+        **({"executor": "native"} if generator.executor_kind == "native" else {}),  # the same texts but for ties, so no mixture
         **asdict(merged(generator.params, config.given_sampling())),
         "stop": list(config.stop),
         "max_new_tokens": config.max_new_tokens,

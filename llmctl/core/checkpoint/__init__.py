@@ -7,11 +7,22 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from llmctl.core.checkpoint.folder import check_tokenizer, check_trainable, load_config, load_tokenizer, stated_license
+    from llmctl.core.checkpoint.folder import (
+        check_tokenizer,
+        check_trainable,
+        load_config,
+        load_tokenizer,
+        own_layout,
+        read_generation,
+        stated_license,
+        token_ids,
+        unknown_architecture,
+    )
     from llmctl.core.checkpoint.load import LoadedModel, assemble, load_model, load_model_and_tokenizer
     from llmctl.core.checkpoint.quantised import save_quantised
     from llmctl.core.checkpoint.resolve import resolve_model
     from llmctl.core.checkpoint.save import MAX_SHARD_BYTES, hf_tensors, save_model
+    from llmctl.core.checkpoint.stored import stored_arrays, stored_tensors
 
 __all__ = [
     "MAX_SHARD_BYTES",
@@ -24,18 +35,35 @@ __all__ = [
     "load_model",
     "load_model_and_tokenizer",
     "load_tokenizer",
+    "own_layout",
+    "read_generation",
     "resolve_model",
     "save_model",
     "save_quantised",
     "stated_license",
+    "stored_arrays",
+    "stored_tensors",
+    "token_ids",
+    "unknown_architecture",
 ]
 
 _HOMES = {
-    "folder": ("check_tokenizer", "check_trainable", "load_config", "load_tokenizer", "stated_license"),
+    "folder": (
+        "check_tokenizer",
+        "check_trainable",
+        "load_config",
+        "load_tokenizer",
+        "own_layout",
+        "read_generation",
+        "stated_license",
+        "token_ids",
+        "unknown_architecture",
+    ),
     "load": ("LoadedModel", "assemble", "load_model", "load_model_and_tokenizer"),
     "quantised": ("save_quantised",),
     "resolve": ("resolve_model",),
     "save": ("MAX_SHARD_BYTES", "hf_tensors", "save_model"),
+    "stored": ("stored_arrays", "stored_tensors"),
 }
 
 

@@ -5,8 +5,7 @@ converted alone, and its pages are given back.
 """
 
 import dataclasses
-import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -17,7 +16,6 @@ from torch import Tensor
 
 from llmctl.core.checkpoint.calibrate import input_importance
 from llmctl.core.checkpoint.folder import (
-    bindings_of,
     check_names,
     check_tokenizer,
     load_config,
@@ -30,6 +28,7 @@ from llmctl.core.checkpoint.folder import (
 from llmctl.core.checkpoint.quantised import held_as_it_is, join, quantised
 from llmctl.core.checkpoint.quantweight import QuantWeight
 from llmctl.core.checkpoint.resolve import check_kind
+from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, open_tensors, stored_tensors
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.families import Family
@@ -37,13 +36,10 @@ from llmctl.core.families.base import bind
 from llmctl.core.model.decoder import Decoder
 from llmctl.core.model.facts import tensor_shapes
 from llmctl.core.quant import GGUF_LAYOUTS, Layout, layout_for
-from llmctl.core.tensorfile import INDEX_NAME, TensorEntry, TensorFile, weight_files
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
 
-_PACKED_DTYPES = {"I8": torch.int8, "U8": torch.uint8}
-"""Of the codes of quantised weights."""
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -154,57 +150,23 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], *, device: torch.d
     return model.eval()
 
 
-@dataclass(frozen=True)
-class _Stored:
-    """A tensor of a weight file, not touched yet."""
-
-    file: TensorFile
-    entry: TensorEntry
-
-    def tensor(self) -> Tensor:
-        """The tensor, mapped where its alignment allows it."""
-        dtype, entry = (_TORCH_DTYPES | _PACKED_DTYPES)[self.entry.dtype], self.entry
-        if entry.num_bytes == 0:
-            return torch.empty(entry.shape, dtype=dtype)
-        if entry.start % dtype.itemsize:  # the format does not promise alignment, vector loads need it
-            raw = bytearray(self.file.buffer[entry.start : entry.start + entry.num_bytes])
-            return torch.frombuffer(raw, dtype=dtype).view(entry.shape)
-        return torch.frombuffer(self.file.buffer, dtype=dtype, count=math.prod(entry.shape), offset=entry.start).view(entry.shape)
-
-
 def _our_tensors(folder: Path, config: ModelConfig, family: Family, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
     """The decoder's tensors, one after the other, so that only one at a time needs room for a conversion."""
-    bindings = bindings_of(family, config)
-    wanted = {binding.theirs for binding in bindings}
-    found = _with_prefix(_open_tensors(folder), family, wanted)
-    for name in sorted(found.keys() - wanted):
-        tied = config.tie_embeddings and name in family.head_names
-        if name.endswith(family.ignored) or (tied and _is_copy(found, name, bindings[0].theirs)):
-            del found[name]
-    try:
-        check_names({name: stored.entry.shape for name, stored in found.items()}, bindings, what=f"{family.name} model")
-    except InputError as error:
-        raise InputError(f"{folder}: {error}") from error
-    target = _TORCH_DTYPES[found[bindings[0].theirs].entry.dtype] if dtype is None else dtype
-    for binding in bindings:
-        stored = found[binding.theirs]
-        source = stored.tensor()
+    tensors = stored_tensors(folder, config, family)
+    target = _TORCH_DTYPES[tensors[0][1].entry.dtype] if dtype is None else dtype
+    for binding, stored in tensors:
+        source = _tensor(stored)
         parts = [part.to(target).contiguous() for part in binding.rule.to_ours(source, binding.our_shapes)]
         yield from zip(binding.ours, parts, strict=True)
         if all(part.untyped_storage().data_ptr() != source.untyped_storage().data_ptr() for part in parts):
             del source
-            stored.file.forget(stored.entry)
+            stored.forget()
 
 
-def _with_prefix(found: dict[str, _Stored], family: Family, wanted: set[str]) -> dict[str, _Stored]:
-    """A checkpoint of the bare trunk (GPT-2 on the hub) leaves the prefix off; put it back."""
-    if any(name.startswith(family.trunk_prefix) for name in found):
-        return found
-    return {name if name in wanted else family.trunk_prefix + name: stored for name, stored in found.items()}
-
-
-def _is_copy(found: dict[str, _Stored], name: str, original: str) -> bool:
-    return original in found and torch.equal(found[name].tensor(), found[original].tensor())
+def _tensor(stored: Stored) -> Tensor:
+    """The tensor, mapped where its alignment allows it."""
+    tensor = torch.from_numpy(stored.array())
+    return tensor.view(torch.bfloat16) if stored.entry.dtype == "BF16" else tensor
 
 
 def _quantised_tensors(
@@ -213,29 +175,11 @@ def _quantised_tensors(
     """The decoder's tensors of a quantised directory, mapped."""
     if quant is not None and quant != own:
         raise InputError(f"{folder}: the weights are quantised already, as {own}; quantise the model that they were made from")
-    found = {name: stored.tensor() for name, stored in _open_tensors(folder, dtypes=_TORCH_DTYPES | _PACKED_DTYPES).items()}
+    found = {name: _tensor(stored) for name, stored in open_tensors(folder, dtypes=(*WEIGHT_DTYPES, *CODE_DTYPES)).items()}
     try:
         yield from join(found, config, dtype=torch.float32 if dtype is None else dtype)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
-
-
-def _open_tensors(folder: Path, *, dtypes: Mapping[str, torch.dtype] = _TORCH_DTYPES) -> dict[str, _Stored]:
-    """Every tensor of the weight files of `folder`, mapped. Raises InputError for a tensor that is there twice."""
-    found: dict[str, _Stored] = {}
-    for path, listed in weight_files(folder).items():
-        file = TensorFile(path)
-        if listed is not None and listed != file.entries.keys():
-            odd = sorted(listed ^ file.entries.keys())[0]
-            says = "lists a tensor that is not in it" if odd in listed else "does not list its tensor"
-            raise InputError(f"{path}: {INDEX_NAME} {says}: {odd!r}")
-        for name, entry in file.entries.items():
-            if name in found:
-                raise InputError(f"{path}: tensor {name!r} is in another file too")
-            if entry.dtype not in dtypes:
-                raise InputError(f"{path}: tensor {name!r} has the dtype {entry.dtype}, weights are {', '.join(dtypes)}")
-            found[name] = _Stored(file, entry)
-    return found
 
 
 def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str, quant: Layout | None) -> LoadedModel:

@@ -180,6 +180,12 @@ class GenerateConfig:
         choices=("int8", "int4"),
         panel=_MACHINE,
     )
+    executor: str = option(
+        "auto",
+        "What computes: the native library, on a CPU and where it knows the model, or torch.",
+        choices=("auto", "native", "torch"),
+        panel=_MACHINE,
+    )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
 
     def __post_init__(self) -> None:

@@ -18,6 +18,7 @@ from llmctl.core.infer.defaults import merged, recommended
 from llmctl.core.infer.engine import Engine, never_stop
 from llmctl.core.infer.events import Finished, FinishReason, Request
 from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.opening import ExecutorKind, open_model
 from llmctl.core.infer.preset import Preset
 from llmctl.core.infer.prompting import Prompt, Prompter
 from llmctl.core.infer.sampler import SamplingParams
@@ -31,6 +32,7 @@ class Generator:
     """What one model needs to answer requests."""
 
     executor: Executor
+    executor_kind: Literal["native", "torch"]
     engine: Engine
     tokenizer: "Tokenizer"
     prompter: Prompter
@@ -39,7 +41,7 @@ class Generator:
     """The sampling that the preset wants, else the model, else ours."""
     path: Path
     description: str
-    """Device and number format, for people."""
+    """Family, number format, device and executor, for people."""
     note: str | None = None
     """What the user should know of how the model runs."""
 
@@ -54,6 +56,7 @@ class Generator:
         dtype: str | None = None,
         quant: Literal["int8", "int4"] | None = None,
         threads: int | None = None,
+        executor: ExecutorKind = "auto",
         num_slots: int = 1,
         chat: bool | None = None,
         system: str | None = None,
@@ -66,19 +69,9 @@ class Generator:
 
         path = resolve_model(str(model))
         words = load_tokenizer(path if tokenizer is None else tokenizer)
-        # torch takes a second and a half to import: what can go wrong without it has gone wrong before
-        import torch
-
-        from llmctl.core.checkpoint import load_model
-        from llmctl.core.infer.torch_executor import TorchExecutor
-        from llmctl.core.model.device import choose_device, dtype_named
-
-        if threads is not None:
-            torch.set_num_threads(threads)
-        chosen = choose_device(device)
         if chat_template is not None:
             words.chat_template = chat_template
-        loaded = load_model(path, dtype=dtype_named(dtype), device=chosen, quant=quant, adapt=True)
+        loaded = open_model(path, device=device, dtype=dtype, quant=quant, threads=threads, executor=executor)
         check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
         prompter = Prompter(
             words,
@@ -94,16 +87,16 @@ class Generator:
             eos_ids.add(words.eos_id)
         if prompter.uses_chat:  # many chat models name only the end of text, not the end of a turn
             eos_ids |= words.end_of_turn_ids
-        executor = TorchExecutor(loaded.model)
         return cls(
-            executor=executor,
-            engine=Engine(executor, words, eos_ids=eos_ids, num_slots=num_slots),
+            executor=loaded.executor,
+            executor_kind=loaded.kind,
+            engine=Engine(loaded.executor, words, eos_ids=eos_ids, num_slots=num_slots),
             tokenizer=words,
             prompter=prompter,
             eos_ids=frozenset(eos_ids),
             params=merged(recommended(loaded.generation), {} if preset is None else preset.sampling),
             path=path,
-            description=f"{path.name}: {loaded.family}, {loaded.number_format} on {chosen}, torch",
+            description=f"{path.name}: {loaded.description}",
             note=loaded.note,
         )
 

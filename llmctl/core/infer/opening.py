@@ -1,0 +1,191 @@
+"""From a model's path to an executor: the native library where it can, torch elsewhere. Knows files and machines; no text.
+
+On a CPU the native executor needs no torch, whose import takes longer than many an answer, so torch is imported only when
+it is to compute.
+"""
+
+import math
+import os
+import sys
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.errors import InputError, UsageError
+from llmctl.core.infer.executor import Executor
+
+ExecutorKind = Literal["auto", "native", "torch"]
+
+_NATIVE_DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+_BYTES_A_THREAD = 64 << 10
+"""A product of fewer bytes of weights a thread costs more in waiting for the others than it saves."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OpenedModel:
+    """A model that is ready to compute, and what its files say of it."""
+
+    executor: Executor
+    kind: Literal["native", "torch"]
+    config: ModelConfig
+    eos_ids: tuple[int, ...]
+    generation: dict[str, Any]
+    """generation_config.json, or {}."""
+    description: str
+    """Family, number format, device and executor, for people."""
+    note: str | None = None
+    """What the user should know of how it runs."""
+
+
+def open_model(
+    path: Path,
+    *,
+    device: str = "auto",
+    dtype: str | None = None,
+    quant: Literal["int8", "int4"] | None = None,
+    threads: int | None = None,
+    executor: ExecutorKind = "auto",
+) -> OpenedModel:
+    """Load the model in `path` for the executor that is asked for, or the better one; any architecture that transformers knows.
+
+    Raises NotFoundError, InputError, and UsageError when the native executor is asked for and cannot run the model.
+    """
+    why_torch = "as asked for"
+    if executor != "torch":
+        reason = _why_not_native(path, device=device, dtype=dtype, quant=quant)
+        if reason is None:
+            return _open_native(path, dtype=dtype, quant=quant, threads=threads)
+        if executor == "native":
+            raise UsageError(f"--executor native: {reason}; use --executor torch")
+        why_torch = reason
+    return _open_torch(path, device=device, dtype=dtype, quant=quant, threads=threads, why=why_torch)
+
+
+def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | None) -> str | None:
+    """Why torch must compute, or None. Reads the config: raises NotFoundError and InputError."""
+    from llmctl.core.checkpoint import load_config, own_layout, unknown_architecture
+    from llmctl.core.native import executor, library
+
+    if device not in ("auto", "cpu"):
+        return f"the native executor runs on the CPU, not on {device}"
+    if device == "auto" and _may_have_accelerator():
+        return "there may be a GPU, which torch can use"
+    if path.suffix == ".gguf":
+        return "the native executor reads no GGUF files yet"
+    if dtype is not None and dtype not in _NATIVE_DTYPES:
+        return f"the native executor holds no {dtype} weights"
+    if unknown_architecture(path) is not None:
+        return "the architecture is not one of llmctl's own"
+    config, _, raw = load_config(path)
+    if own_layout(raw, where=path / "config.json") is not None:
+        return "the native executor reads no quantised directories yet"
+    if quant is not None and (quant != "int8" or _NATIVE_DTYPES.get(dtype or "f32") != "float32"):
+        return "of quantised weights the native executor holds int8, computed with in float32"
+    try:
+        library.kernels()
+    except library.Unavailable as error:
+        return str(error)
+    return executor.supports(config)
+
+
+def _may_have_accelerator() -> bool:
+    """Whether torch might find a GPU; a guess from the machine that needs no torch and errs towards yes."""
+    if sys.platform == "darwin":
+        return os.uname().machine == "arm64"
+    if os.environ.get("CUDA_VISIBLE_DEVICES", "any").strip() in ("", "-1"):
+        return False
+    return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
+
+
+def _open_native(path: Path, *, dtype: str | None, quant: str | None, threads: int | None) -> OpenedModel:
+    from llmctl.core.checkpoint import load_config, read_generation, stored_arrays, stored_tensors, token_ids
+    from llmctl.core.model.facts import num_parameters
+    from llmctl.core.model.frequencies import angles
+    from llmctl.core.native.executor import NativeExecutor
+
+    config, family, raw = load_config(path)
+    generation = read_generation(path)
+    tensors = stored_tensors(path, config, family)
+    stored = tensors[0][1].entry.dtype
+    held = _NATIVE_DTYPES[dtype] if dtype is not None else ("bfloat16" if stored == "BF16" and quant is None else "float32")
+    arrays = stored_arrays(tensors) if quant is None else _as_int8(stored_arrays(tensors))
+    if threads is None:
+        number_bytes = 1 if quant is not None else 2 if held == "bfloat16" else 4
+        layer_bytes = num_parameters(config).non_embedding // config.num_layers * number_bytes
+        threads = max(1, min(available_threads(), layer_bytes // 4 // _BYTES_A_THREAD))  # a layer has about four products
+    executor = NativeExecutor(
+        config,
+        dict(arrays),
+        dtype=held,
+        angles=(lambda num_positions: angles(config, num_positions)) if config.positions == "rope" else None,
+        num_threads=threads,
+    )
+    for _, tensor in tensors[1:]:  # all but the embeddings are packed now
+        tensor.forget()
+    number_format = held if quant is None else f"{quant} in {held}"
+    return OpenedModel(
+        executor=executor,
+        kind="native",
+        config=config,
+        eos_ids=token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id")),
+        generation=generation,
+        description=f"{family.name}, {number_format} on cpu, native ({executor.kernels}, {threads} thread{'s' if threads > 1 else ''})",
+    )
+
+
+def _as_int8(arrays: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, Any]]:
+    """The tensors with those quantised that torch would quantise, to the same codes and scales, and the rest in float32."""
+    from llmctl.core.native.library import Int8Matrix, from_bf16
+    from llmctl.core.quant import layout_for, quantise
+
+    for name, array in arrays:
+        numbers = from_bf16(array) if array.dtype == np.uint16 else array
+        if layout_for(name, numbers.shape, "int8") is None:
+            yield name, numbers
+            continue
+        try:
+            matrix = quantise(numbers, "int8")
+        except InputError as error:
+            raise InputError(f"tensor {name!r}: {error}") from error
+        yield name, Int8Matrix(matrix.codes, matrix.scales, matrix.num_columns)
+
+
+def _open_torch(
+    path: Path, *, device: str, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None, why: str
+) -> OpenedModel:
+    import torch
+
+    from llmctl.core.checkpoint import load_model
+    from llmctl.core.infer.torch_executor import TorchExecutor
+    from llmctl.core.model.device import choose_device, dtype_named
+
+    if threads is not None:
+        torch.set_num_threads(threads)
+    chosen = choose_device(device)
+    loaded = load_model(path, dtype=dtype_named(dtype), device=chosen, quant=quant, adapt=True)
+    return OpenedModel(
+        executor=TorchExecutor(loaded.model),
+        kind="torch",
+        config=loaded.config,
+        eos_ids=loaded.eos_ids,
+        generation=loaded.generation,
+        description=f"{loaded.family}, {loaded.number_format} on {chosen}, torch ({why})",
+        note=loaded.note,
+    )
+
+
+def available_threads() -> int:
+    """Cores that this process may use: those it is bound to, and not more than a container's quota of CPU time."""
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else (os.cpu_count() or 1)
+    try:
+        quota, period = Path("/sys/fs/cgroup/cpu.max").read_text(encoding="ascii").split()
+        if quota != "max":
+            count = min(count, math.ceil(int(quota) / int(period)))
+    except (OSError, ValueError, ZeroDivisionError):
+        pass
+    return max(1, count)

@@ -1,0 +1,304 @@
+"""The engine's executor on the native library: a model's facts and arrays to logits. Knows no file, no text, no torch.
+
+A text's logits are the same bits whatever stands beside it in a call and however its prompt is cut into calls.
+
+Legend: B rows of a call, T tokens a row, S slots, Hkv key-value heads, D head size, V vocabulary size, R rotated size.
+"""
+
+import ctypes
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.native.library import (
+    BFLOAT16,
+    FLOAT32,
+    INT8,
+    LANES,
+    Int8Matrix,
+    Layer,
+    Matrix,
+    Model,
+    PackedMatrix,
+    Session,
+    Step,
+    aligned_zeros,
+    from_bf16,
+    kind_of,
+    to_bf16,
+)
+
+_ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
+_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
+_MAX_SIZE = 1 << 30
+
+Angles = Callable[[int], tuple[NDArray[np.float32], NDArray[np.float32]]]
+"""Number of positions -> cosines and sines, (positions, R / 2) each."""
+
+
+def supports(config: ModelConfig) -> str | None:
+    """Why the library cannot run a model, or None when it can."""
+    for present, what in (
+        (config.activation not in _ACTIVATIONS, f"the activation {config.activation}"),
+        (config.experts is not None, "a mixture of experts"),
+        (config.parallel_residual, "attention and mlp side by side"),
+        (config.post_norms or not config.pre_norms, "norms after attention and mlp"),
+        (config.qk_norm_whole, "a norm over all heads"),
+        (config.local_rope_theta is not None, "rotary angles that differ by layer"),
+        (config.rope_scaling is not None and config.rope_scaling.kind == "longrope", "longrope scaling"),
+    ):
+        if present:
+            return f"{what} is not in the native library"
+    sizes = (config.vocab_size, config.hidden_size, config.mlp_size, config.query_size + 2 * config.kv_size, config.max_positions)
+    if max(sizes) > _MAX_SIZE:
+        return "the model is too large for the native library"
+    return None
+
+
+class NativeExecutor:
+    """Runs the native library over a cache that grows on demand. See `core/infer/executor.py` for the contract.
+
+    `tensors` has the decoder's tensors by name (model/facts.py), float32 or bf16 as uint16, with any strides; they are
+    packed here, except the embeddings, whose rows are looked up in place. `dtype`, "float32" or "bfloat16", is how
+    matrices are held, unless they come as Int8Matrix; arithmetic is float32. `angles` gives the rotary angles of a model that
+    has them.
+    """
+
+    def __init__(self, config: ModelConfig, tensors: Mapping[str, Any], *, dtype: str, angles: Angles | None, num_threads: int = 1) -> None:
+        if (reason := supports(config)) is not None:
+            raise ValueError(reason)
+        self.config = config
+        self._session = Session(num_threads)
+        self._angles = angles
+        self._angle_tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+        self._kept: list[Any] = []  # what the structs point to
+        self._kind = _KINDS[dtype]
+        self._layers = (Layer * config.num_layers)(*(self._layer(i, tensors) for i in range(config.num_layers)))
+        self._model = self._whole(tensors)
+        self._keys: list[NDArray[np.float32]] = []
+        self._values: list[NDArray[np.float32]] = []
+        self._num_slots = self._capacity = 0
+
+    @property
+    def vocab_size(self) -> int:
+        """Length of a row of logits."""
+        return self.config.vocab_size
+
+    @property
+    def max_positions(self) -> int:
+        """The longest text that the model was made for, in tokens."""
+        return self.config.max_positions
+
+    @property
+    def kernels(self) -> str:
+        """The kernels that run: "avx512", "avx2" or "baseline"."""
+        return self._session.kernels
+
+    @property
+    def num_threads(self) -> int:
+        """Threads that compute."""
+        return self._session.num_threads
+
+    def reserve(self, *, num_slots: int, capacity: int) -> None:
+        """At least that many slots of at least that many tokens. Raises MemoryError."""
+        if self._num_slots >= num_slots and self._capacity >= capacity:
+            return
+        config, old_slots, old_capacity = self.config, self._num_slots, self._capacity
+        num_slots = max(num_slots, old_slots)
+        if capacity > old_capacity:  # doubling keeps the copies of a growing batch few
+            capacity = -(-max(capacity, min(2 * old_capacity, self.max_positions)) // LANES) * LANES
+        else:
+            capacity = old_capacity
+        heads, size = config.num_kv_heads, config.head_dim
+        key_shape = (num_slots, heads, capacity // LANES, size, LANES)
+        value_shape = (num_slots, heads, -(-size // LANES), capacity, LANES)
+        keys = [aligned_zeros(key_shape, np.float32) for _ in range(config.num_layers)]
+        values = [aligned_zeros(value_shape, np.float32) for _ in range(config.num_layers)]
+        if old_slots:
+            for new, old in zip(keys, self._keys, strict=True):
+                new[:old_slots, :, : old_capacity // LANES] = old
+            for new, old in zip(values, self._values, strict=True):
+                new[:old_slots, :, :, :old_capacity] = old
+        self._keys, self._values, self._num_slots, self._capacity = keys, values, num_slots, capacity
+        self._model.cache_capacity = capacity
+        for layer, key, value in zip(self._layers, keys, values, strict=True):
+            layer.keys, layer.values = key.ctypes.data, value.ctypes.data
+
+    def release(self) -> None:
+        """Forget the cache."""
+        self._keys, self._values, self._num_slots, self._capacity = [], [], 0, 0
+
+    def step(
+        self,
+        tokens: NDArray[np.int64],
+        positions: NDArray[np.int64],
+        slots: NDArray[np.int64],
+        *,
+        lengths: NDArray[np.int64] | None = None,
+        all_logits: bool = False,
+    ) -> NDArray[np.float32]:
+        """Feed tokens (B, T), give logits (B, V) or (B, T, V). See `Executor.step`.
+
+        Raises ValueError for a token, slot or position that is not there: the library would read beyond its memory.
+        """
+        batch, num_tokens = tokens.shape
+        counts = np.full(batch, num_tokens, dtype=np.int64) if lengths is None else lengths
+        self._check(tokens, positions, slots, counts)
+        valid = np.arange(num_tokens) < counts[:, None]  # (B, T)
+        flat_positions = np.ascontiguousarray((positions[:, None] + np.arange(num_tokens))[valid], dtype=np.int32)
+        flat_tokens = np.ascontiguousarray(tokens[valid], dtype=np.int32)
+        flat_slots = np.repeat(slots, counts).astype(np.int32)
+        wants = np.ones(len(flat_tokens), dtype=np.uint8)
+        if not all_logits:
+            wants[:] = 0
+            wants[np.cumsum(counts) - 1] = 1
+        logits = np.empty((int(wants.sum()), self.vocab_size), dtype=np.float32)
+        step = Step(
+            num_tokens=len(flat_tokens),
+            tokens=flat_tokens.ctypes.data,
+            positions=flat_positions.ctypes.data,
+            slots=flat_slots.ctypes.data,
+            wants_logits=wants.ctypes.data,
+            logits=logits.ctypes.data,
+        )
+        if self._angles is not None:
+            cosines, sines = self._angles_up_to(int(flat_positions.max()) + 1)
+            step.cosines, step.sines = cosines.ctypes.data, sines.ctypes.data
+        self._session.step(self._model, step)
+        if not all_logits:
+            return logits
+        if lengths is None:
+            return logits.reshape(batch, num_tokens, -1)
+        padded = np.zeros((batch, num_tokens, self.vocab_size), dtype=np.float32)
+        padded[valid] = logits
+        return padded
+
+    def copy_slot(self, source: int, *, to: int, length: int) -> None:
+        """Copy the first `length` tokens of a slot."""
+        for keys, values in zip(self._keys, self._values, strict=True):
+            keys[to, :, : -(-length // LANES)] = keys[source, :, : -(-length // LANES)]
+            values[to, :, :, :length] = values[source, :, :, :length]
+
+    def _check(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], slots: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
+        if not 1 <= int(counts.min()) <= int(counts.max()) <= tokens.shape[1]:
+            raise ValueError(f"rows of {tokens.shape[1]} tokens cannot hold {counts.tolist()}")
+        if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
+            raise ValueError(f"a token is outside the vocabulary of {self.vocab_size}")
+        if int(slots.min()) < 0 or int(slots.max()) >= self._num_slots:
+            raise ValueError(f"a slot is not among the {self._num_slots} reserved ones")
+        longest = int((positions + counts).max())
+        if int(positions.min()) < 0 or longest > self._capacity:
+            raise ValueError(f"position {longest - 1} does not fit a cache of {self._capacity}")
+        if self._model.positions and longest > self.max_positions:
+            raise ValueError(f"position {longest - 1} is beyond the {self.max_positions} that the model has")
+
+    def _angles_up_to(self, num_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+        tables = self._angle_tables
+        if tables is None or len(tables[0]) < num_positions:
+            assert self._angles is not None
+            rounded = 1 << max(8, (num_positions - 1).bit_length())
+            cosines, sines = self._angles(rounded)
+            tables = self._angle_tables = np.ascontiguousarray(cosines, np.float32), np.ascontiguousarray(sines, np.float32)
+        return tables
+
+    def _whole(self, tensors: Mapping[str, Any]) -> Model:
+        config = self.config
+        embed: Any = tensors["embed.weight"]
+        head: Any
+        embed_kind, embed_scales = self._kind, None
+        if isinstance(embed, Int8Matrix):
+            head, embed_kind = embed, INT8
+            self._kept.append(scales := np.ascontiguousarray(embed.scales, dtype=np.float32))
+            embed, embed_scales = np.ascontiguousarray(embed.codes), scales.ctypes.data
+        else:
+            if kind_of(embed) != self._kind:
+                embed = from_bf16(embed) if self._kind == FLOAT32 else to_bf16(embed)
+            head = embed = np.ascontiguousarray(embed)
+        self._kept.append(embed)
+        head = head if config.tie_embeddings else tensors["head.weight"]
+        return Model(
+            vocab_size=config.vocab_size,
+            hidden_size=config.hidden_size,
+            num_layers=config.num_layers,
+            num_heads=config.num_heads,
+            num_kv_heads=config.num_kv_heads,
+            head_dim=config.head_dim,
+            mlp_size=config.mlp_size,
+            rotary_size=config.rotary_size if config.positions == "rope" else 0,
+            activation=_ACTIVATIONS[config.activation],
+            gated_mlp=config.gated_mlp,
+            layer_norm=config.norm == "layer",
+            embed_kind=embed_kind,
+            norm_eps=config.norm_eps,
+            attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
+            attention_softcap=config.attention_softcap or 0.0,
+            logit_softcap=config.logit_softcap or 0.0,
+            embedding_multiplier=config.embedding_multiplier,
+            residual_multiplier=config.residual_multiplier,
+            logit_multiplier=config.logit_multiplier,
+            embed=embed.ctypes.data,
+            embed_scales=embed_scales,
+            positions=self._floats(tensors.get("positions.weight")),
+            final_norm=self._floats(tensors["final_norm.weight"], plus_one=config.norm == "rms" and config.norm_plus_one),
+            final_norm_bias=self._floats(tensors.get("final_norm.bias")),
+            layers=ctypes.cast(self._layers, ctypes.POINTER(Layer)),
+            head=self._matrix([head], [tensors.get("head.bias")]),
+        )
+
+    def _layer(self, index: int, tensors: Mapping[str, Any]) -> Layer:
+        def matrix(*names: str) -> Matrix:
+            full = [f"layers.{index}.{name}" for name in names]
+            return self._matrix([tensors[f"{name}.weight"] for name in full], [tensors.get(f"{name}.bias") for name in full])
+
+        def floats(name: str) -> int | None:
+            return self._floats(tensors.get(f"layers.{index}.{name}"))
+
+        def scales(name: str, *, rms: bool = self.config.norm == "rms") -> int | None:
+            return self._floats(tensors.get(f"layers.{index}.{name}"), plus_one=rms and self.config.norm_plus_one)
+
+        config = self.config
+        rotates = config.positions == "rope" and (config.rope_layers is None or config.rope_layers[index])
+        return Layer(
+            qkv=matrix("attn.q", "attn.k", "attn.v"),
+            out=matrix("attn.o"),
+            gate=matrix("mlp.gate") if self.config.gated_mlp else Matrix(),
+            up=matrix("mlp.up"),
+            down=matrix("mlp.down"),
+            attn_norm=scales("attn_norm.weight"),
+            attn_norm_bias=floats("attn_norm.bias"),
+            mlp_norm=scales("mlp_norm.weight"),
+            mlp_norm_bias=floats("mlp_norm.bias"),
+            q_norm=scales("attn.q_norm.weight", rms=True),
+            k_norm=scales("attn.k_norm.weight", rms=True),
+            window=config.window(index) or 0,
+            rotates=rotates,
+        )
+
+    def _matrix(self, parts: list[Any], biases: list[NDArray[Any] | None]) -> Matrix:
+        given = [self._rounded(bias) for bias in biases if bias is not None]
+        packed: PackedMatrix
+        if isinstance(parts[0], Int8Matrix):
+            packed = self._session.pack_int8(parts, biases=given or None)
+        else:
+            packed = self._session.pack(parts, kind=self._kind, biases=given or None)
+        self._kept.append(packed)
+        return packed.struct()
+
+    def _floats(self, array: NDArray[Any] | None, *, plus_one: bool = False) -> int | None:
+        """The address of the numbers in float32, None for None."""
+        if array is None:
+            return None
+        values = self._rounded(array)
+        if plus_one:
+            values = values + np.float32(1.0)
+        self._kept.append(values)
+        return int(values.ctypes.data)
+
+    def _rounded(self, array: NDArray[Any]) -> NDArray[np.float32]:
+        """In float32, with no more precision than matrices have, so that a model of one dtype is one model."""
+        if kind_of(array) == BFLOAT16:
+            return from_bf16(array)
+        return np.ascontiguousarray(array) if self._kind == FLOAT32 else from_bf16(to_bf16(array))

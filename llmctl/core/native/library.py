@@ -1,0 +1,260 @@
+"""The C++ library as Python sees it: its structs, its functions, packed matrices. Knows arrays; knows no model.
+
+Every struct mirrors one of native.h, field by field; `load` refuses a library whose structs have other sizes.
+"""
+
+import ctypes
+import functools
+import os
+from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+LANES = 16
+"""Output rows of a packed block."""
+FLOAT32, BFLOAT16, INT8 = 0, 1, 2
+"""Kinds of weights. bf16 numbers are held as uint16, since numpy has no bf16."""
+ISA_VARIABLE = "LLMCTL_NATIVE_ISA"
+"""Environment: the kernels to use, "avx512", "avx2" or "baseline", instead of the best that the CPU can run."""
+KERNEL_NAMES = ("avx512", "avx2", "baseline")
+LIBRARY_PATH = Path(__file__).with_name("_native.so")
+
+_ABI = 1
+
+
+class Unavailable(Exception):
+    """The library cannot be used here; the text says why."""
+
+
+class Matrix(ctypes.Structure):
+    """A packed matrix: native.h's Matrix."""
+
+    _fields_ = [
+        ("weights", c_void_p),
+        ("scales", c_void_p),
+        ("bias", c_void_p),
+        ("kind", c_int32),
+        ("outputs", c_int32),
+        ("inputs", c_int32),
+        ("unused", c_int32),
+    ]
+
+
+class Layer(ctypes.Structure):
+    """native.h's Layer."""
+
+    _fields_ = [
+        *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
+        *((name, c_void_p) for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm", "keys", "values")),
+        ("window", c_int64),
+        ("rotates", c_int64),
+    ]
+
+
+class Model(ctypes.Structure):
+    """native.h's Model."""
+
+    _fields_ = [
+        *(
+            (name, c_int32)
+            for name in (
+                *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "rotary_size"),
+                *("activation", "gated_mlp", "layer_norm", "embed_kind"),
+            )
+        ),
+        *(
+            (name, c_float)
+            for name in (
+                *("norm_eps", "attention_scale", "attention_softcap", "logit_softcap"),
+                *("embedding_multiplier", "residual_multiplier", "logit_multiplier", "unused"),
+            )
+        ),
+        *((name, c_void_p) for name in ("embed", "embed_scales", "positions", "final_norm", "final_norm_bias")),
+        ("layers", POINTER(Layer)),
+        ("cache_capacity", c_int64),
+        ("head", Matrix),
+    ]
+
+
+class Step(ctypes.Structure):
+    """native.h's Step."""
+
+    _fields_ = [
+        ("num_tokens", c_int64),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "wants_logits", "cosines", "sines", "logits")),
+    ]
+
+
+_FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
+    "llmctl_abi": (c_int64, []),
+    "llmctl_kernels": (c_char_p, [c_char_p]),
+    "llmctl_open": (c_void_p, [c_char_p, c_int32]),
+    "llmctl_close": (None, [c_void_p]),
+    "llmctl_step": (c_int32, [c_void_p, POINTER(Model), POINTER(Step)]),
+    "llmctl_pack": (None, [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64]),
+    "llmctl_multiply": (None, [c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+}
+
+
+@functools.cache
+def load() -> ctypes.CDLL:
+    """The library, checked. Raises Unavailable that says why there is none."""
+    if not LIBRARY_PATH.is_file():
+        raise Unavailable("the native library was not built (it needs a C++ compiler when llmctl is installed)")
+    try:
+        library = ctypes.CDLL(str(LIBRARY_PATH))
+        for name, (result, arguments) in _FUNCTIONS.items():
+            function = getattr(library, name)
+            function.restype, function.argtypes = result, arguments
+    except (OSError, AttributeError) as error:
+        raise Unavailable(f"the native library cannot be loaded: {error}") from error
+    sizes = [ctypes.sizeof(struct) for struct in (Matrix, Layer, Model, Step)]
+    if library.llmctl_abi() != _ABI * 1_000_000_000 + sizes[0] * 1_000_000 + sizes[1] * 1000 + sizes[2] + sizes[3]:
+        raise Unavailable("the native library belongs to another version of llmctl; install llmctl again")
+    return library
+
+
+def kernels() -> str:
+    """The name of the kernels that will run. Raises Unavailable for a forced name that this CPU or build does not have."""
+    forced = os.environ.get(ISA_VARIABLE) or None
+    found: bytes | None = load().llmctl_kernels(None if forced is None else forced.encode("utf-8", "surrogateescape"))
+    if found is None:
+        raise Unavailable(f"{ISA_VARIABLE}={forced}: this CPU has no such kernels; the names are {', '.join(KERNEL_NAMES)}")
+    return found.decode()
+
+
+class Session:
+    """The library's threads and working memory for one executor; freed with this object."""
+
+    def __init__(self, num_threads: int) -> None:
+        self._library = load()
+        self.kernels = kernels()
+        self.num_threads = num_threads
+        self._handle: int | None = self._library.llmctl_open(self.kernels.encode(), num_threads)
+        if self._handle is None:
+            raise Unavailable(f"{num_threads} threads cannot be started")
+
+    def __del__(self) -> None:
+        handle, self._handle = getattr(self, "_handle", None), None
+        if handle is not None:
+            self._library.llmctl_close(handle)
+
+    def step(self, model: Model, step: Step) -> None:
+        """Run one step. Raises MemoryError."""
+        if self._library.llmctl_step(self._handle, model, step):
+            raise MemoryError("no memory for the numbers of one step")
+
+    def pack(self, parts: list[NDArray[Any]], *, kind: int, biases: list[NDArray[np.float32]] | None = None) -> "PackedMatrix":
+        """Pack matrices (outputs, inputs) of float32 or bf16 (uint16), any strides, one below the other. Raises MemoryError."""
+        outputs, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
+        num_blocks = -(-outputs // LANES)
+        if kind == FLOAT32:
+            weights: NDArray[Any] = aligned_zeros((num_blocks, inputs, LANES), np.float32)
+        else:
+            weights = aligned_zeros((num_blocks, -(-inputs // 2), LANES, 2), np.uint16)
+        row = 0
+        for part in parts:
+            self._library.llmctl_pack(
+                *(self._handle, kind, weights.ctypes.data, row, *part.shape, part.ctypes.data, kind_of(part)),
+                *(stride // part.itemsize for stride in part.strides),
+            )
+            row += part.shape[0]
+        return PackedMatrix(weights, _padded_bias(biases, outputs), kind, outputs, inputs)
+
+    def pack_int8(self, parts: "list[Int8Matrix]", *, biases: list[NDArray[np.float32]] | None = None) -> "PackedMatrix":
+        """Pack quantised matrices (outputs, inputs), one below the other. Raises MemoryError."""
+        outputs, inputs = sum(len(part.codes) for part in parts), parts[0].num_columns
+        num_blocks, groups = -(-outputs // LANES), parts[0].scales.shape[1]
+        weights = aligned_zeros((num_blocks, inputs, LANES), np.int8)
+        scales = aligned_zeros((num_blocks, groups, LANES), np.float32)
+        for block in range(num_blocks):
+            codes, scale = (_rows([getattr(part, name) for part in parts], block * LANES) for name in ("codes", "scales"))
+            weights[block, :, : len(codes)] = codes[:, :inputs].T
+            scales[block, :, : len(scale)] = scale.T
+        return PackedMatrix(weights, _padded_bias(biases, outputs), INT8, outputs, inputs, scales)
+
+    def multiply(self, matrix: "PackedMatrix", x: NDArray[np.float32]) -> NDArray[np.float32]:
+        """x (rows, inputs) times the matrix, plus its bias: (rows, outputs)."""
+        x = np.ascontiguousarray(x, dtype=np.float32)
+        y = np.empty((x.shape[0], matrix.outputs), dtype=np.float32)
+        self._library.llmctl_multiply(self._handle, matrix.struct(), x.ctypes.data, x.shape[0], y.ctypes.data)
+        return y
+
+
+@dataclass(frozen=True)
+class Int8Matrix:
+    """A matrix in groups of 32 along its columns: codes (R, 32 G) int8 and scales (R, G); a number is scale * code."""
+
+    codes: NDArray[np.int8]
+    scales: NDArray[Any]
+    num_columns: int
+
+
+class PackedMatrix:
+    """A matrix in the library's layout, and the arrays that hold it."""
+
+    def __init__(
+        self,
+        weights: NDArray[Any],
+        bias: NDArray[np.float32] | None,
+        kind: int,
+        outputs: int,
+        inputs: int,
+        scales: NDArray[np.float32] | None = None,
+    ) -> None:
+        self.weights, self.bias, self.kind, self.outputs, self.inputs, self.scales = weights, bias, kind, outputs, inputs, scales
+
+    def struct(self) -> Matrix:
+        """The C struct; valid as long as this object lives."""
+        bias, scales = (None if array is None else array.ctypes.data for array in (self.bias, self.scales))
+        return Matrix(weights=self.weights.ctypes.data, scales=scales, bias=bias, kind=self.kind, outputs=self.outputs, inputs=self.inputs)
+
+
+def _rows(parts: list[NDArray[Any]], first: int) -> NDArray[Any]:
+    """The rows from `first` on, a block of them at most, of matrices that lie one below the other."""
+    found, start = [], 0
+    for part in parts:
+        found.append(part[max(0, first - start) : max(0, first - start + LANES)])
+        start += len(part)
+    return np.concatenate(found)
+
+
+def _padded_bias(biases: list[NDArray[np.float32]] | None, outputs: int) -> NDArray[np.float32] | None:
+    if biases is None:
+        return None
+    bias = np.zeros(-(-outputs // LANES) * LANES, dtype=np.float32)
+    bias[:outputs] = np.concatenate(biases)
+    return bias
+
+
+def kind_of(array: NDArray[Any]) -> int:
+    """FLOAT32 or BFLOAT16, from the dtype of an array."""
+    if array.dtype not in (np.float32, np.uint16):
+        raise ValueError(f"float32 or bf16 (uint16) is wanted, {array.dtype} was given")
+    return FLOAT32 if array.dtype == np.float32 else BFLOAT16
+
+
+def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
+    """Zeros that begin at a multiple of 64 bytes, a cache line; pages are taken when they are written. Raises MemoryError."""
+    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
+    raw = np.zeros(num_bytes + 64, dtype=np.uint8)
+    start = -raw.ctypes.data % 64
+    zeros: NDArray[Any] = raw[start : start + num_bytes].view(dtype).reshape(shape)
+    return zeros
+
+
+def from_bf16(array: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """bf16 to float32, exactly."""
+    return (np.ascontiguousarray(array).astype(np.uint32) << np.uint32(16)).view(np.float32)
+
+
+def to_bf16(array: NDArray[np.float32]) -> NDArray[np.uint16]:
+    """float32 to the nearest bf16, ties to even; NaN stays NaN."""
+    bits = np.ascontiguousarray(array, dtype=np.float32).view(np.uint32)
+    rounded = (bits + np.uint32(0x7FFF) + ((bits >> np.uint32(16)) & np.uint32(1))) >> np.uint32(16)
+    nan = (bits & np.uint32(0x7FFFFFFF)) > np.uint32(0x7F800000)
+    return np.where(nan, (bits >> np.uint32(16)) | np.uint32(0x40), rounded).astype(np.uint16)
