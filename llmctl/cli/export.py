@@ -7,6 +7,7 @@ import typer
 
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
+from llmctl.cli.signals import raising
 from llmctl.cli.streams import out
 from llmctl.core.config.export import ExportConfig
 
@@ -27,18 +28,19 @@ def run(config: ExportConfig, shell: Shell) -> None:
     from llmctl.core.export.events import Opened, Verified, Warned, Written
     from llmctl.core.export.export import export
 
-    for event in export(config):
-        if isinstance(event, Warned):
-            shell.warn(event.message)
-        elif shell.json:
-            out.line(json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False))
-        elif isinstance(event, Opened):
-            shell.note(f"model     {event.path}: {event.family}, {event.num_parameters:,} parameters, {event.num_format}")
-        elif isinstance(event, Verified):
-            out.line(_verified(event, is_vectors=config.format == "word2vec"))
-        elif isinstance(event, Written):
-            files = f"{event.num_files} files, " if event.num_files > 1 else ""
-            out.line(f"wrote     {event.path} ({event.format}, {event.num_format}; {files}{event.num_bytes:,} bytes)")
+    with raising("interrupted; nothing was kept"):
+        for event in export(config):
+            if isinstance(event, Warned):
+                shell.warn(event.message)
+            elif shell.json:
+                out.line(json.dumps({"event": type(event).__name__, **asdict(event)}, ensure_ascii=False))
+            elif isinstance(event, Opened):
+                shell.note(f"model     {event.path}: {event.family}, {event.num_parameters:,} parameters, {event.num_format}")
+            elif isinstance(event, Verified):
+                out.line(_verified(event, is_vectors=config.format == "word2vec"))
+            elif isinstance(event, Written):
+                files = f"{event.num_files} files, " if event.num_files > 1 else ""
+                out.line(f"wrote     {event.path} ({event.format}, {event.num_format}; {files}{event.num_bytes:,} bytes)")
 
 
 def _verified(event: "object", *, is_vectors: bool) -> str:

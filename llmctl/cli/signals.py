@@ -5,6 +5,8 @@ import signal
 from collections.abc import Iterator
 from types import FrameType
 
+from llmctl.core.errors import Interrupted
+
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
 
 
@@ -47,6 +49,24 @@ def stop_flag() -> Iterator[StopFlag]:
     previous[signal.SIGUSR1] = signal.signal(signal.SIGUSR1, on_save)
     try:
         yield flag
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+@contextlib.contextmanager
+def raising(message: str) -> Iterator[None]:
+    """Within the block, INT, TERM and HUP raise Interrupted at once, so that temporary files are removed on the way out.
+
+    For work that has no steps between which a flag could be asked, and nothing to keep.
+    """
+
+    def on_stop(number: int, _frame: FrameType | None) -> None:
+        raise Interrupted(message, signal_number=number)
+
+    previous = {number: signal.signal(number, on_stop) for number in STOP_SIGNALS if signal.getsignal(number) is not signal.SIG_IGN}
+    try:
+        yield
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -104,16 +104,17 @@ def test_a_full_disk_is_5_and_leaves_nothing(settings: list[str], model: str, tm
     assert names(tmp_path) == []
 
 
-def test_a_signal_leaves_nothing(model: str, tmp_path: Path) -> None:
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_nothing(number: signal.Signals, model: str, tmp_path: Path) -> None:
     program = [sys.executable, "-m", "llmctl", "export", model, "-o", "out"]
     process = subprocess.Popen(program, cwd=tmp_path, env=environment(), stderr=subprocess.PIPE, text=True)
     assert process.stderr is not None
     assert process.stderr.readline().startswith("model ")
     time.sleep(0.3)
-    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, number)
     _, err = process.communicate(timeout=60)
     if process.returncode == 0:
         pytest.skip("it was quicker than the signal")
-    assert process.returncode in (-signal.SIGINT, 130)
+    assert process.returncode in (-number, 128 + number)
     assert "Traceback" not in err
     assert names(tmp_path) == []

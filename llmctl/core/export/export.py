@@ -229,7 +229,7 @@ class _Job:
             parent=parent,
             license=stated_license(loaded.path),
             data={"training data": identity["data"]} if isinstance(identity.get("data"), str) else {},
-            recipe=recipe,
+            recipe={name: value for name, value in recipe.items() if value is not None},
             versions={"llmctl": __version__, "torch": torch.__version__, "python": platform.python_version()},
             made_by=f"Exported by `llmctl export --format {self._config.format}`.",
         )
