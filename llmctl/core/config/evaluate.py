@@ -87,7 +87,7 @@ class EvaluateConfig:
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
     dtype: str | None = option(
         None,
-        "Number format of the weights. [default: as stored]",
+        "Number format of the weights. [default: as stored; torch on a CPU without bf16 arithmetic takes float32]",
         "--precision",
         choices=("float32", "f32", "bfloat16", "bf16", "float16", "f16"),
         panel=_MACHINE,

@@ -26,7 +26,7 @@ from llmctl.core.evals.scoring import score_groups
 from llmctl.core.evals.task import Task, load_task
 from llmctl.core.evals.tokens import BatchLimit, Prefix, Question, encode_items
 from llmctl.core.model import Decoder
-from llmctl.core.model.device import choose_device, dtype_named
+from llmctl.core.model.device import choose_device, compute_dtype
 from llmctl.core.quant import Layout
 from llmctl.core.tokenizer import Tokenizer
 
@@ -109,9 +109,9 @@ def prepare_task(reference: str, config: EvaluateConfig) -> PreparedTask:
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, Tokenizer]:
     path = resolve_model(config.model if config.model is not None else DEFAULT_MODEL)
-    dtype = dtype_named(config.dtype)
-    quant = cast(Layout | None, config.quant)
     device = choose_device(config.device)
+    dtype = compute_dtype(config.dtype, device)
+    quant = cast(Layout | None, config.quant)
     if config.tokenizer is None:
         return load_model_and_tokenizer(path, dtype=dtype, device=device, quant=quant, adapt=True)
     tokenizer = Tokenizer.load(config.tokenizer)

@@ -162,12 +162,12 @@ def _open_torch(
 
     from llmctl.core.checkpoint import load_model
     from llmctl.core.infer.torch_executor import TorchExecutor
-    from llmctl.core.model.device import choose_device, dtype_named
+    from llmctl.core.model.device import choose_device, compute_dtype
 
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = choose_device(device)
-    loaded = load_model(path, dtype=dtype_named(dtype), device=chosen, quant=quant, adapt=True)
+    loaded = load_model(path, dtype=compute_dtype(dtype, chosen), device=chosen, quant=quant, adapt=True)
     return OpenedModel(
         executor=TorchExecutor(loaded.model),
         kind="torch",

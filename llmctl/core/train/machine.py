@@ -8,6 +8,8 @@ import time
 
 import torch
 
+from llmctl.core.model.device import multiplies_in_bf16
+
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
 _PEAK_BUDGET_S = 0.25
 
@@ -43,11 +45,7 @@ def choose_dtype(name: str, device: torch.device) -> torch.dtype:
     """The arithmetic of `--dtype auto|bf16|f32`: auto is bf16 on an accelerator and on CPUs that multiply in it."""
     if name != "auto":
         return {"bf16": torch.bfloat16, "f32": torch.float32}[name]
-    if device.type != "cpu":
-        return torch.bfloat16
-    # Asked of the CPU rather than timed: a busy machine would give one answer today and another tomorrow.
-    capabilities = torch.cpu.get_capabilities()
-    return torch.bfloat16 if any(v is True for k, v in capabilities.items() if "bf16" in k) else torch.float32
+    return torch.bfloat16 if multiplies_in_bf16(device) else torch.float32
 
 
 def dtype_name(dtype: torch.dtype) -> str:
