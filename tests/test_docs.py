@@ -68,7 +68,7 @@ def links() -> Iterator[tuple[Path, str]]:
                 yield page, target
 
 
-@pytest.mark.parametrize(("page", "target"), links(), ids=lambda value: value.name if isinstance(value, Path) else value)
+@pytest.mark.parametrize(("page", "target"), list(links()), ids=lambda value: value.name if isinstance(value, Path) else value)
 def test_links_lead_somewhere(page: Path, target: str) -> None:
     name, _, anchor = target.partition("#")
     there = page.parent / name if name else page

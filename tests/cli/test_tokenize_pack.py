@@ -130,7 +130,8 @@ def test_a_folder_that_may_not_be_written_is_refused_first(tmp_path: Path, corpu
         if folder != locked and str(folder).startswith("/tmp/"):
             folder.chmod(0o755)
     nobody = ("setpriv", "--reuid", "65534", "--clear-groups")
-    readable = subprocess.run([*nobody, sys.executable, "-c", "import sys"], capture_output=True, check=False)
+    probe = [*nobody, sys.executable, "-c", "import typer, tokenizers"]
+    readable = subprocess.run(probe, capture_output=True, check=False, cwd="/")
     if readable.returncode != 0:
         pytest.skip("another user cannot run this Python")
     done = pack(corpus, "--tokenizer", tokenizer_dir, "-o", locked / "out", prefix=nobody, cwd="/", env={"PYTHONPATH": str(ROOT)})
