@@ -81,7 +81,7 @@ def llmctl(work: Path) -> dict[str, float]:
         wall_s += run(program + arguments)[0]
     model = max((work / "run").glob("step-*"))
     _, printed = run([*program, "eval", "--model", str(model), str(work / "shards"), "--json", "--no-cache"])
-    return {"wall_s": wall_s, "bits_per_byte": find_bits(json.loads(printed))}
+    return {"wall_s": wall_s, "bits_per_byte": find_bits([json.loads(line) for line in printed.splitlines()])}
 
 
 def find_bits(value: Any) -> float:
