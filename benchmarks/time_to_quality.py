@@ -19,7 +19,6 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from typing import Any
 
 TEXT = Path(__file__).resolve().parent.parent / "examples" / "tinyshakespeare.txt"
 RECIPE = (
@@ -81,23 +80,15 @@ def llmctl(work: Path) -> dict[str, float]:
         wall_s += run(program + arguments)[0]
     model = max((work / "run").glob("step-*"))
     _, printed = run([*program, "eval", "--model", str(model), str(work / "shards"), "--json", "--no-cache"])
-    return {"wall_s": wall_s, "bits_per_byte": find_bits([json.loads(line) for line in printed.splitlines()])}
+    return {"wall_s": wall_s, "bits_per_byte": find_bits(printed)}
 
 
-def find_bits(value: Any) -> float:
-    """The number under "bits_per_byte", wherever it stands in eval's result."""
-    if isinstance(value, dict):
-        if isinstance(value.get("bits_per_byte"), int | float):
-            return float(value["bits_per_byte"])
-        if isinstance(value.get("bits_per_byte"), dict):
-            return float(value["bits_per_byte"]["value"])
-        value = list(value.values())
-    if isinstance(value, list):
-        for part in value:
-            try:
-                return find_bits(part)
-            except LookupError:
-                continue
+def find_bits(printed: str) -> float:
+    """Bits per byte in the JSON lines of `llmctl eval`."""
+    for line in map(json.loads, printed.splitlines()):
+        for metric in line.get("metrics", []):
+            if metric["name"] == "bits_per_byte":
+                return float(metric["value"])
     raise LookupError("no bits_per_byte in the result of eval")
 
 
