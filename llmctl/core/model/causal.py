@@ -1,7 +1,7 @@
 """Causal attention for training on a CPU: explicit matrix products and softmax by blocks of queries, with its own backward.
 
 At contexts up to a few hundred tokens this is faster than `scaled_dot_product_attention` on a CPU, whose kernel is made for
-long contexts (benchmarks/RESULTS.md has the measurement and the crossover). It keeps the probabilities, B * H * T * T / 2
+long contexts (benchmarks/attention.py measures both and shows the crossover). It keeps the probabilities, B * H * T * T / 2
 elements a layer, so it is used for short contexts only. The oracle in the tests is `scaled_dot_product_attention`.
 
 Legend: N = rows * heads, T tokens, D head size, S the first and E the last-but-one query of a block.
