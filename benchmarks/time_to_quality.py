@@ -65,7 +65,7 @@ with torch.no_grad():
         total += float(loss) * (len(piece) - 1)
 print(total / (len(ids) - 1) / math.log(2))
 """
-    return float(run([sys.executable, "-c", code], cwd=copy)[1])
+    return float(run([sys.executable, "-c", code], cwd=copy)[1].splitlines()[-1])  # nanoGPT prints its size first
 
 
 def llmctl(work: Path) -> dict[str, float]:
