@@ -24,6 +24,7 @@ BITS: dict[str, int] = {"int8": 8, "int4": 4}
 GGUF_LAYOUTS: dict[str, Layout] = {"Q8_0": "int8", "Q4_0": "int4", "Q4_1": "int4"}
 """The types of GGUF that a layout holds as they are."""
 
+_SMALLEST_NORMAL = np.finfo(np.float16).smallest_normal
 _INT8_STEPS = (127.0, 125.0, 123.0, 121.0)
 """Candidates for the number of steps from 0 to a group's largest number: one scale rounds the 32 more luckily than another."""
 _INT4_CUTS = ((0.0, 0.0), (0.5, 0.0), (0.0, 0.5), (1.0, 0.5), (0.5, 1.0), (-0.5, 0.0), (0.0, -0.5))
@@ -152,6 +153,8 @@ def _quantise_int8(x: NDArray[np.float32], weights: NDArray[np.float32] | None) 
     best_scale = np.zeros(x.shape[1], np.float16)
     for steps in _INT8_STEPS:
         scale = (largest / np.float32(steps)).astype(np.float16)
+        cut = (scale < _SMALLEST_NORMAL) & (scale.astype(np.float32) * np.float32(127) < largest)
+        scale[cut] = np.nextafter(scale[cut], np.float16(1))  # below normal numbers float16 is coarse: rounding down would cut off
         rest = _int8_codes(x, scale)
         rest *= scale.astype(np.float32)
         rest -= x

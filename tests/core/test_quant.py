@@ -2,7 +2,7 @@
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as np_st
 
@@ -91,6 +91,8 @@ def test_no_other_code_of_a_number_is_nearer(layout) -> None:
     np_st.arrays(np.float32, (2, 40), elements=st.floats(-1000, 1000, width=32)),
     st.sampled_from(LAYOUTS),
 )
+@example(np.full((2, 40), 1e-5, np.float32), "int8")  # scales below float16's normal numbers
+@example(np.full((2, 40), 3e-6, np.float32), "int8")
 def test_errors_are_within_a_step_of_any_groups_range(numbers: np.ndarray, layout) -> None:
     """Of 32 numbers one may be cut off for the others' sake, but never by more than what its neighbours' range allows."""
     matrix = quantise(numbers, layout)
