@@ -99,6 +99,13 @@ class GgufFile:
         self.metadata = _read_metadata(cursor, num_keys)
         self.tensors = _read_tensors(cursor, num_tensors, self.metadata)
 
+    def forget(self, tensor: GgufTensor) -> None:
+        """Give the memory of a tensor's pages back: what was read of them is not needed again, or comes from the file."""
+        page = mmap.PAGESIZE
+        start, end = -(-tensor.start // page) * page, (tensor.start + tensor.num_bytes) // page * page
+        if hasattr(mmap, "MADV_DONTNEED") and end > start:
+            self.buffer.madvise(mmap.MADV_DONTNEED, start, end - start)
+
     def raw(self, tensor: GgufTensor) -> "NDArray[np.uint8]":
         """The bytes of a tensor, one row of blocks per row: (rows, bytes a row); a view of the map."""
         flat = np.frombuffer(self.buffer, dtype=np.uint8, count=tensor.num_bytes, offset=tensor.start)

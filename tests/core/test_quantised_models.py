@@ -16,8 +16,8 @@ from llmctl.core.model import KVCache
 from llmctl.core.model.facts import num_parameters
 from llmctl.core.quant import LAYOUTS, dequantise, layout_for, quantise
 from tests.cli.tiny_model import make_model
+from tests.core.gguf_writer import blocky_model, write_model
 from tests.core.model.families import random_tokens, reference_model
-from tests.core.test_gguf import blocky_model, write_model
 
 SETTINGS = ["gpt2-tied", "gpt2-free-head", "llama-gqa-tied", "llama-mqa-biases", "qwen3-head-dim"]
 

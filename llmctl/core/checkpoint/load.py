@@ -4,7 +4,6 @@ A tensor that is stored as the model wants it stays in the page cache until it i
 converted alone, and its pages are given back.
 """
 
-import dataclasses
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,7 +15,6 @@ from torch import Tensor
 
 from llmctl.core.checkpoint.calibrate import input_importance
 from llmctl.core.checkpoint.folder import (
-    check_names,
     check_tokenizer,
     load_config,
     load_tokenizer,
@@ -32,14 +30,13 @@ from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, op
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.families import Family
-from llmctl.core.families.base import bind
 from llmctl.core.model.decoder import Decoder
-from llmctl.core.model.facts import tensor_shapes
 from llmctl.core.quant import GGUF_LAYOUTS, Layout, layout_for
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
 
+_GGUF_DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 _TORCH_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
 
 
@@ -184,47 +181,34 @@ def _quantised_tensors(
 
 def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str, quant: Layout | None) -> LoadedModel:
     """A model from a GGUF file: weights dequantised, or held quantised; rows of q and k put back into Hugging Face's order."""
-    from llmctl.core.families.gguf import ROPE_FACTORS, Metadata, gguf_family, halves_from_pairs, llama3_scaling
+    from llmctl.core.checkpoint.gguf import open_gguf
+    from llmctl.core.families.gguf import halves_from_pairs
     from llmctl.core.families.gguf_tokenizer import eos_ids_of
-    from llmctl.core.gguf import GgufFile
 
-    file = GgufFile(path)
-    try:
-        meta = Metadata(file.metadata)
-        record = gguf_family(meta)
-        if "token_embd.weight" not in file.tensors:
-            raise InputError("tensor 'token_embd.weight' is missing")
-        shapes = {name: tensor.shape for name, tensor in file.tensors.items()}
-        config = record.config(meta, shapes, shapes["token_embd.weight"][0])
-        if ROPE_FACTORS in file.tensors:
-            config = dataclasses.replace(config, rope_scaling=llama3_scaling(file.array(file.tensors[ROPE_FACTORS]), config))
-        bindings = list(bind(record.rules, config.num_layers, tensor_shapes(config)))
-        check_names({name: shape for name, shape in shapes.items() if name != ROPE_FACTORS}, bindings, what=f"{record.family} model")
-    except (InputError, LookupError) as error:
-        raise InputError(f"{path}: {error.args[0]}") from error
-    kinds = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
-    stored = kinds.get(file.tensors["token_embd.weight"].kind, torch.float32) if dtype is None else dtype
+    found = open_gguf(path)
+    file, config = found.file, found.config
+    stored = _GGUF_DTYPES.get(found.stored, torch.float32) if dtype is None else dtype
     if quant is not None and dtype is None:
         stored = torch.float32
     importance = None
-    matrices = [b for b in bindings if quant is not None and layout_for(b.ours[0], b.our_shapes[0], quant) == "int4"]
-    if any(GGUF_LAYOUTS.get(file.tensors[binding.theirs].kind) != "int4" for binding in matrices):
+    matrices = [b for b in found.bindings if quant is not None and layout_for(b.ours[0], b.our_shapes[0], quant) == "int4"]
+    if any(GGUF_LAYOUTS.get(found.entry(binding).kind) != "int4" for binding in matrices):
         importance = input_importance(_load_gguf(path, dtype=torch.float32, device="cpu", quant=None).model)
     tensors: dict[str, Tensor] = {}
-    for binding in bindings:
-        entry = file.tensors[binding.theirs]
-        held = held_as_it_is(file, entry, binding, quant) if quant is not None else None
-        parts: list[Any] = held or binding.rule.to_ours(file.array(entry), binding.our_shapes)
-        for name, part in zip(binding.ours, parts, strict=True):
-            reordered = record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k"))
-            if held:
-                matrix = part.map_rows(lambda rows: halves_from_pairs(rows, config.head_dim)) if reordered else part
-                tensors[name] = QuantWeight.of(matrix, dtype=stored)
+    for binding in found.bindings:
+        held = held_as_it_is(file, found.entry(binding), binding, quant) if quant is not None else None
+        if held is not None:
+            for name, part in zip(binding.ours, held, strict=True):
+                rows = (lambda rows: halves_from_pairs(rows, config.head_dim)) if found.record.reorders(name) else np.asarray
+                tensors[name] = QuantWeight.of(part.map_rows(rows), dtype=stored)
+        else:
+            arrays = {name: torch.from_numpy(array) for name, array in found.arrays(binding)}
+            if quant is None:
+                tensors |= {name: tensor.to(stored).contiguous() for name, tensor in arrays.items()}
             else:
-                array = halves_from_pairs(part, config.head_dim) if reordered else part
-                array = array - np.float32(record.norm_shift(name)) if record.norm_shift(name) else array
-                tensors[name] = torch.from_numpy(array).to(stored if quant is None else torch.float32).contiguous()
-        if quant is not None:
-            tensors |= quantised([(name, tensors[name]) for name in binding.ours], quant, dtype=stored, importance=importance)
+                tensors |= quantised(
+                    ((name, tensor.float()) for name, tensor in arrays.items()), quant, dtype=stored, importance=importance
+                )
+        file.forget(found.entry(binding))
     model = assemble(config, tensors, device=device)
-    return LoadedModel(model, config, record.family, model.dtype, path, eos_ids_of(file.metadata), {}, quant)
+    return LoadedModel(model, config, found.record.family, model.dtype, path, eos_ids_of(file.metadata), {}, quant)

@@ -32,6 +32,7 @@ from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageErro
 from llmctl.core.export import gguf
 from llmctl.core.export.events import Event, Opened, Verified, Warned, Written
 from llmctl.core.export.verify import Compared, compare, logits_of, probe, read_by_transformers, read_by_us
+from llmctl.core.families.gguf import family_record
 from llmctl.core.files import atomic_dir, atomic_path, check_out_dir, check_out_file, read_json, write_text
 from llmctl.core.model.facts import num_parameters
 from llmctl.core.quant import Layout
@@ -141,8 +142,15 @@ class _Job:
         assert tokenizer is not None
         stored = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
         kind = self._config.gguf_type or stored[loaded.dtype]
-        record = gguf.family_record(loaded.family)
+        record = family_record(loaded.family)
         gguf.metadata(config, record)  # refused before the tokenizer is tried
+        held = record.as_held(config)
+        if held.max_positions < config.max_positions:
+            yield Warned(
+                message=f"GGUF's {record.architecture} has no sliding window: the context of {config.max_positions:,} tokens"
+                f" becomes {held.max_positions:,}, within which the model is the same"
+            )
+        self._tokens = probe(held.vocab_size, held.max_positions)
         words = gguf.tokenizer_metadata(tokenizer, vocab_size=config.vocab_size, eos_ids=loaded.eos_ids)
         state = loaded.model.state_dict()
         arrays = {name: _numbers(tensor).float().numpy() for name, tensor in state.items()}

@@ -13,11 +13,14 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.core.config.model import ModelConfig
+from llmctl.core.config.model import ModelConfig, RopeScaling
 from llmctl.core.data.wordvectors import vocabulary
 from llmctl.core.errors import InputError, MissingExtraError, write_error
 from llmctl.core.families.base import bind
-from llmctl.core.families.gguf import GGUF_FAMILIES, ROPE_FACTORS, GgufFamily, Metadata, llama3_scaling, pairs_from_halves
+from llmctl.core.families.gguf import GgufFamily, pairs_from_halves
+from llmctl.core.families.gguf_metadata import Metadata
+from llmctl.core.families.gguf_names import HEAD
+from llmctl.core.families.gguf_rope import rope_tensors, with_rope_tensors
 from llmctl.core.families.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
 from llmctl.core.model.facts import tensor_shapes
 from llmctl.core.quant import GROUP, layout_for
@@ -47,86 +50,39 @@ def need_package() -> Any:
     return gguf
 
 
-def family_record(family: str) -> GgufFamily:
-    """How GGUF has models of this family. Raises InputError that lists those that there are."""
-    for record in GGUF_FAMILIES.values():
-        if record.family == family:
-            return record
-    known = ", ".join(record.family for record in GGUF_FAMILIES.values())
-    raise InputError(f"models of the family {family} cannot be written as GGUF; the families that can are {known}")
-
-
 def metadata(config: ModelConfig, record: GgufFamily) -> dict[str, Any]:
-    """The keys of the architecture: what `record.config` reads them back from.
+    """The keys of the architecture: what `record.config` reads `record.as_held(config)` back from.
 
-    Raises InputError when they do not come back as the same facts, naming those that differ.
+    Raises InputError when they do not come back as the same facts, naming one that differs.
     """
-    values: dict[str, Any] = {
-        "block_count": config.num_layers,
-        "context_length": config.max_positions,
-        "embedding_length": config.hidden_size,
-        "feed_forward_length": config.mlp_size,
-        "attention.head_count": config.num_heads,
-        "attention.head_count_kv": config.num_kv_heads,
-        "attention.key_length": config.head_dim,
-        "attention.value_length": config.head_dim,
-        "attention.layer_norm_rms_epsilon": config.norm_eps,
-        "rope.dimension_count": config.rotary_size,
-        "rope.freq_base": config.rope_theta,
-        "vocab_size": config.vocab_size,
-    }
-    optional = {
-        "attention.sliding_window": next((window for window in config.windows or () if window is not None), None),
-        "attn_logit_softcapping": config.attention_softcap,
-        "final_logit_softcapping": config.logit_softcap,
-        "rope.freq_base_swa": config.local_rope_theta,
-        "expert_count": config.experts and config.experts.num_experts,
-        "expert_used_count": config.experts and config.experts.num_active,
-        "expert_feed_forward_length": config.experts and config.experts.mlp_size,
-    }
-    values |= {key: value for key, value in optional.items() if value is not None}
-    scaling = config.rope_scaling
-    if scaling is not None and scaling.kind in ("linear", "yarn"):
-        values |= {"rope.scaling.type": scaling.kind, "rope.scaling.factor": float(scaling.parameters["factor"])}
-        if scaling.kind == "yarn":
-            values["rope.scaling.original_context_length"] = int(scaling.parameters["original_max_position_embeddings"])
-    keyed = {"general.architecture": record.architecture, **{f"{record.architecture}.{key}": value for key, value in values.items()}}
-    shapes = {theirs: shape for theirs, shape, _ in _placed(config, record)}
+    held = record.as_held(config)
+    keys = record.keys(held)
+    meta = Metadata(keys)
+    shapes = {theirs: shape for theirs, shape, _ in _placed(held, record)}
     try:
-        again = record.config(Metadata(keyed), shapes, config.vocab_size)
-        if scaling is not None and scaling.kind == "llama3":
-            again = dataclasses.replace(again, rope_scaling=llama3_scaling(rope_factors(config), config))
+        again = with_rope_tensors(record.config(meta, shapes, held.vocab_size), rope_tensors(held), meta)
     except InputError as error:
         raise InputError(f"this model cannot be written as GGUF: {error}") from error
-    differing = [field.name for field in dataclasses.fields(config) if not _same(config, again, field.name)]
-    if differing:
-        name = differing[0]
-        raise InputError(
-            f"GGUF's {record.architecture} cannot hold this model: {name} is {getattr(config, name)!r},"
-            f" and would be read as {getattr(again, name)!r}"
-        )
-    return keyed
+    for field in dataclasses.fields(held):
+        wanted, found = getattr(held, field.name), getattr(again, field.name)
+        if field.name not in _NOT_IN_GGUF and not _same(wanted, found):
+            raise InputError(
+                f"GGUF's {record.architecture} cannot hold this model: {field.name} is {wanted!r}, and would be read as {found!r}"
+            )
+    return keys
 
 
-def _same(one: ModelConfig, other: ModelConfig, name: str) -> bool:
-    a, b = getattr(one, name), getattr(other, name)
-    if name in _NOT_IN_GGUF:
-        return True
-    if isinstance(a, float) and isinstance(b, float):
-        return abs(a - b) <= 1e-6 * abs(a)  # GGUF's numbers are float32
-    return bool(a == b)
-
-
-def rope_factors(config: ModelConfig) -> NDArray[np.float32]:
-    """Llama 3's scaling as GGUF has it: divisors of the frequencies, (R/2,). The formula is transformers'."""
-    assert config.rope_scaling is not None
-    numbers = config.rope_scaling.parameters
-    low, high, factor = numbers["low_freq_factor"], numbers["high_freq_factor"], numbers["factor"]
-    size = config.rotary_size
-    wavelengths = 2 * np.pi * config.rope_theta ** (np.arange(0, size, 2, dtype=np.float64) / size)
-    blend = np.clip((numbers["original_max_position_embeddings"] / wavelengths - low) / (high - low), 0.0, 1.0)
-    factors: NDArray[np.float32] = (1 / ((1 - blend) / factor + blend)).astype(np.float32)
-    return factors
+def _same(one: Any, other: Any) -> bool:
+    """Whether two facts are equal, numbers to the precision of GGUF's, which is float32."""
+    if isinstance(one, RopeScaling) and isinstance(other, RopeScaling):
+        return one.kind == other.kind and _same(one.parameters, other.parameters)
+    if isinstance(one, dict) and isinstance(other, dict):
+        return one.keys() == other.keys() and all(_same(one[key], other[key]) for key in one)
+    if isinstance(one, list) and isinstance(other, list):
+        return len(one) == len(other) and all(map(_same, one, other))
+    if isinstance(one, float) or isinstance(other, float):
+        return one is not None and other is not None and abs(one - other) <= 1e-6 * abs(one)
+    return bool(one == other)
 
 
 def _placed(config: ModelConfig, record: GgufFamily) -> Iterator[tuple[str, tuple[int, ...], Any]]:
@@ -180,7 +136,7 @@ def write(
     extra: Mapping[str, Any],
 ) -> None:
     """Write a file. `tensors` have the decoder's names; `extra` are the tokenizer's keys and others. Raises WriteError, and OSErrors."""
-    package = need_package()
+    package, config = need_package(), record.as_held(config)
     writer = package.GGUFWriter(path, record.architecture)
     try:
         for key, value in {**metadata(config, record), **extra}.items():
@@ -189,13 +145,16 @@ def write(
         writer.add_quantization_version(package.GGML_QUANT_VERSION)
         file_types = {"F32": "ALL_F32", "F16": "MOSTLY_F16", "BF16": "MOSTLY_BF16", "Q8_0": "MOSTLY_Q8_0", "Q4_0": "MOSTLY_Q4_0"}
         writer.add_file_type(package.LlamaFileType[file_types[kind]])
-        if config.rope_scaling is not None and config.rope_scaling.kind == "llama3":
-            writer.add_tensor(ROPE_FACTORS, rope_factors(config))
+        for theirs, divisors in rope_tensors(config).items():
+            writer.add_tensor(theirs, divisors)
         for theirs, _, binding in _placed(config, record):
             arrays = [_reordered(tensors[name], name, config, record) for name in binding.ours]
             numbers = np.asarray(binding.rule.to_theirs(arrays), dtype=np.float32)
             chosen = kind_of(binding.ours[0], binding.our_shapes[0], kind)
-            writer.add_tensor(theirs, encode(numbers, chosen), raw_dtype=package.GGMLQuantizationType[chosen])
+            stored, raw_dtype = encode(numbers, chosen), package.GGMLQuantizationType[chosen]
+            writer.add_tensor(theirs, stored, raw_dtype=raw_dtype)
+            if binding.ours[0] == "embed.weight" and config.tie_embeddings and record.head_always:
+                writer.add_tensor(HEAD, stored, raw_dtype=raw_dtype)
         writer.write_header_to_file()
         writer.write_kv_data_to_file()
         writer.write_tensors_to_file()
@@ -225,7 +184,7 @@ def _add(writer: Any, package: Any, key: str, value: Any) -> None:
 def _reordered(array: NDArray[np.float32], name: str, config: ModelConfig, record: GgufFamily) -> NDArray[np.float32]:
     if record.norm_shift(name):
         array = array + np.float32(record.norm_shift(name))
-    if record.interleaved and name.rpartition(".")[0].endswith(("attn.q", "attn.k")):
+    if record.reorders(name):
         reordered: NDArray[np.float32] = pairs_from_halves(array, config.head_dim)
         return reordered
     return array

@@ -17,8 +17,8 @@ from llmctl.core.export.events import Event, Opened, Verified, Warned, Written
 from llmctl.core.export.export import export
 from llmctl.core.gguf import GgufFile
 from tests.core.export.tiny import make_model
+from tests.core.gguf_writer import write_model
 from tests.core.model.families import random_tokens
-from tests.core.test_gguf import write_model
 
 gguf = pytest.importorskip("gguf")
 
@@ -107,14 +107,36 @@ def test_the_tensors_are_those_that_llama_cpps_converter_writes(kind: str, model
             assert ours.metadata[key] == value, key
 
 
-@pytest.mark.parametrize("model_type", ["llama", "qwen2", "qwen3"])
+_FOR_TRANSFORMERS: dict[str, dict[str, object]] = {
+    "llama": {"tie_word_embeddings": False},
+    "mistral": {"sliding_window": None},
+    "qwen2": {"tie_word_embeddings": True},
+    "qwen3": {"tie_word_embeddings": True, "head_dim": 128},
+    "qwen3_moe": {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 768, "norm_topk_prob": True},
+    "gemma2": {"head_dim": 256},
+    "gemma3_text": {"head_dim": 256, "num_hidden_layers": 6},
+    "phi3": {"vocab_size": 32064, "pad_token_id": None},
+    "gpt2": {"n_embd": 64, "n_layer": 2, "n_head": 4, "max_position_embeddings": 1024},
+}
+"""With the sizes that transformers does not read from a file, but has as its defaults."""
+
+
+@pytest.mark.parametrize("model_type", _FOR_TRANSFORMERS)
 def test_transformers_reads_the_gguf_as_the_same_model(model_type: str, tmp_path: Path) -> None:
     pytest.importorskip("accelerate", reason="transformers reads GGUF files with accelerate only")
-    changes = {"head_dim": 128} if model_type == "qwen3" else {}  # transformers does not read the size of a head there
-    folder = make_model(tmp_path / "m", model_type=model_type, tie_word_embeddings=model_type != "llama", **changes)
+    folder = make_model(tmp_path / "m", model_type=model_type, **_FOR_TRANSFORMERS[model_type])
     run(folder, tmp_path / "m.gguf", format="gguf")
     theirs = transformers_logits(tmp_path, TOKENS, gguf_file="m.gguf")
     torch.testing.assert_close(theirs, transformers_logits(folder, TOKENS), atol=1e-4, rtol=1e-4)
+
+
+def test_a_window_that_gguf_has_no_key_for_becomes_the_context_with_a_warning(tmp_path: Path) -> None:
+    folder = make_model(tmp_path / "m", model_type="mistral", sliding_window=20)
+    events = run(folder, tmp_path / "m.gguf", format="gguf")
+    (warning,) = (event.message for event in events if isinstance(event, Warned))
+    assert "context of 128 tokens becomes 20" in warning
+    assert verified(events).num_tokens == 20
+    assert load_model(tmp_path / "m.gguf").config.max_positions == 20
 
 
 def test_llama_3s_scaling_goes_into_gguf_as_factors(tmp_path: Path) -> None:
@@ -147,8 +169,8 @@ def test_the_tokenizer_in_a_gguf_gives_the_same_ids_and_chats(split: str, name: 
     [
         ({"split": "spaces"}, "no pre-tokenizer"),
         ({"hidden_act": "gelu"}, "activation is 'gelu'"),
-        ({"model_type": "gpt2", "n_embd": 64, "n_layer": 2, "n_head": 4}, "gpt2 cannot be written as GGUF"),
-        ({"rope_parameters": {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}}, "rope_scaling"),
+        ({"model_type": "gemma2", "tie_word_embeddings": False}, "no name for head.weight"),
+        ({"rope_parameters": {"rope_type": "yarn", "rope_theta": 1e4, "factor": 2.0, "beta_fast": 8.0}}, "rope_scaling"),
     ],
 )
 def test_what_gguf_cannot_hold_is_refused_and_leaves_nothing(changes: dict, message: str, tmp_path: Path) -> None:
