@@ -65,11 +65,11 @@ _llmctl() {
             esac
             ;;
         'generate')
-            words='--prompt -p --prompt-file -f --system --preset --set --lines --no-lines --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --model -m --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --logprobs --code --no-code --stats --no-stats --input -i --output -o --overwrite --no-overwrite --ordered --no-ordered --shard --merge --no-merge --batch-size -b --device --dtype --precision --quant --executor --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--prompt -p --prompt-file -f --system --preset --set --lines --no-lines --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --interactive --no-interactive --transcript --continue-from --continue --model -m --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --logprobs --code --no-code --stats --no-stats --input -i --output -o --overwrite --no-overwrite --ordered --no-ordered --shard --merge --no-merge --batch-size -b --device --dtype --precision --quant --executor --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='any'
             case $prev in
                 --prompt|-p|--system|--preset|--set|--max-new-tokens|-n|--max-tokens|--min-new-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--best-of|--num-beams|--length-penalty|--logprobs|--shard|--batch-size|-b|--threads) values='any' ;;
-                --prompt-file|-f|--chat-template|--model|-m|--tokenizer|--input|-i|--output|-o|--config|-c) values='file' ;;
+                --prompt-file|-f|--chat-template|--transcript|--continue-from|--continue|--model|-m|--tokenizer|--input|-i|--output|-o|--config|-c) values='file' ;;
                 --truncate) values='left right' ;;
                 --early-stopping) values='true false never' ;;
                 --device) values='auto cpu cuda mps' ;;

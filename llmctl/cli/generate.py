@@ -51,6 +51,11 @@ def run(config: GenerateConfig, shell: Shell) -> None:
 
         run_merge(config, shell)
         return
+    if config.interactive:
+        from llmctl.cli.generate_talk import run_talk
+
+        run_talk(config, shell)
+        return
     if config.lines:
         from llmctl.cli.generate_lines import run_lines
 
@@ -119,7 +124,9 @@ def read_prompt(config: GenerateConfig) -> str:
         pieces.append(_as_text(_read_file(config.prompt_file, "--prompt-file"), where=f"--prompt-file {config.prompt_file}"))
     if argument == "-" or file_is_stdin or (config.prompt_file is None and (stdin_has_input() or argument is None)):
         if stdin_is_terminal() and argument is None:
-            raise UsageError('no prompt: give one as an argument, for instance llmctl generate "Once upon a time", or pipe it in')
+            raise UsageError(
+                'no prompt: give one as an argument, for instance llmctl generate "Once upon a time", pipe it in, or use --interactive'
+            )
         pieces.append(_as_text(read_stdin(max_bytes=MAX_PROMPT_BYTES), where="stdin"))
     if argument is not None and argument != "-":
         pieces.append(_argument_text(argument))

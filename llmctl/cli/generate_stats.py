@@ -37,6 +37,13 @@ class Stats:
             stderr_line(f"first token: {first_s:.3f} s, after {self._started_s - self._made_s:.3f} s of loading")
         stderr_line(f"peak memory: {peak_memory()}")
 
+    def tell_turn(self) -> None:
+        """Two lines for one answer of a talk, whose prompt was mostly read before."""
+        if self._num_new_tokens:
+            rate = _rate(self._num_new_tokens - 1, self._last_s - self._first_s)
+            stderr_line(f"answer: {self._num_new_tokens:,} tokens{rate}; the first after {self._first_s - self._started_s:.3f} s")
+        stderr_line(f"peak memory: {peak_memory()}")
+
     def tell_batch(self, *, num_prompt_tokens: int, num_new_tokens: int) -> None:
         """The same of many rows, whose prompts and answers were computed side by side: speeds over the whole time."""
         elapsed_s = time.monotonic() - self._started_s

@@ -27,17 +27,19 @@ class StopFlag:
 
 
 @contextlib.contextmanager
-def stop_flag() -> Iterator[StopFlag]:
+def stop_flag(*, insistent: bool = True) -> Iterator[StopFlag]:
     """Within the block, the first INT, TERM or HUP only sets the flag; a second one raises KeyboardInterrupt at once.
 
-    A signal that was ignored when the process started (nohup) stays ignored.
+    Without `insistent` a second one only changes what the flag says, if it is not another INT. A signal that was ignored
+    when the process started (nohup) stays ignored.
     """
     flag = StopFlag()
 
     def on_stop(number: int, _frame: FrameType | None) -> None:
-        if flag.signal_number is not None:
+        if flag.signal_number is not None and insistent:
             raise KeyboardInterrupt
-        flag.signal_number = number
+        if flag.signal_number is None or number != signal.SIGINT:
+            flag.signal_number = number
 
     def on_save(_number: int, _frame: FrameType | None) -> None:
         flag.save_requested = True

@@ -7,7 +7,9 @@ from typing import Any
 from llmctl.core.config.fields import check_fields, option
 from llmctl.core.errors import UsageError
 
-_PROMPT, _MODEL, _CHOICE, _OUTPUT, _BATCH, _MACHINE = "Prompt", "Model", "Choice of tokens", "Output", "Batch", "Machine"
+_PROMPT, _TALK, _MODEL, _CHOICE, _OUTPUT, _BATCH, _MACHINE = (
+    *("Prompt", "Conversation", "Model", "Choice of tokens", "Output", "Batch", "Machine"),
+)
 
 ROW_PARAMETERS = (
     "temperature",
@@ -24,6 +26,7 @@ _NOT_WITH_BEAMS = (
     *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input", "lines"),
     *("min_new_tokens", "ignore_eos", "best_of", "logprobs"),
 )
+_NOT_WITH_INTERACTIVE = ("input", "lines", "merge", "echo", "show_prompt", "code", "logprobs", "best_of")
 _NOT_WITH_SHOW_PROMPT = ("input", "echo", "stats", "logprobs", "best_of")
 
 
@@ -60,6 +63,12 @@ class GenerateConfig:
     )
     echo: bool = option(False, "Print the prompt before the text.", panel=_PROMPT)
     show_prompt: bool = option(False, "Show the tokens that the model would read, one a line, and stop.", panel=_PROMPT)
+
+    interactive: bool = option(False, "Talk with the model on the terminal; PROMPT is the first message.", panel=_TALK)
+    transcript: Path | None = option(None, "Append what is said to this JSONL file, each turn at once.", metavar="FILE", panel=_TALK)
+    continue_from: Path | None = option(
+        None, "Take up the talk of this transcript and go on writing to it.", "--continue", metavar="FILE", panel=_TALK
+    )
 
     model: str | None = option(
         None, "Folder, .gguf file, hub id or built-in name. [default: $LLMCTL_MODEL, else storyteller]", "-m", panel=_MODEL
@@ -218,6 +227,11 @@ class GenerateConfig:
                 raise UsageError(
                     "--lines gives one answer for each line of stdin; leave out " + ("-" if self.num_samples == 1 else "--num-samples")
                 )
+        if self.interactive:
+            self._check_interactive()
+        elif self.transcript is not None or self.continue_from is not None:
+            flag = "--transcript" if self.transcript is not None else "--continue"
+            raise UsageError(f"{flag} needs --interactive: it is about a talk")
         if self.set and self.preset is None:
             raise UsageError("--set needs --preset: it fills in a preset's parameters")
         if self.show_prompt:
@@ -231,6 +245,15 @@ class GenerateConfig:
         self._refuse_beside("--merge", ("text", "prompt", "prompt_file", "lines", "shard", "ordered"), "it joins what is there")
         if self.output in (None, "-"):
             raise UsageError("--merge needs --output FILE, as it was given to the shards")
+
+    def _check_interactive(self) -> None:
+        self._refuse_beside("--interactive", _NOT_WITH_INTERACTIVE, "it is a talk on the terminal, a message and an answer at a time")
+        self._refuse_beside("--interactive", ("truncate",), "of a talk that is too long the oldest turns are left out")
+        if self.num_samples > 1 or self.num_beams > 1:
+            flag = "--num-samples" if self.num_samples > 1 else "--num-beams"
+            raise UsageError(f"--interactive gives one answer at a time; leave out {flag}")
+        if "-" in (self.text, self.prompt) or self.prompt_file == Path("-"):
+            raise UsageError("--interactive reads the keyboard; give the first message as an argument or a file, not as -")
 
     @property
     def shard_numbers(self) -> tuple[int, int] | None:

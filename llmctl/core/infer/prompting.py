@@ -45,7 +45,7 @@ class Prompter:
             raise InputError("the model has no chat template; give one with --chat-template FILE, or use --raw")
         if system is not None and not has_template:
             raise InputError("a system message needs a chat template, and the model has none; give --chat-template FILE")
-        self._tokenizer, self._context, self.preset = tokenizer, context, preset
+        self._tokenizer, self.context, self.preset = tokenizer, context, preset
         self.uses_chat = has_template if chat is None else chat
         self._system, self._allow_special, self._truncate = system, allow_special, truncate
 
@@ -61,8 +61,15 @@ class Prompter:
             return self._from_messages([*messages, {"role": "user", "content": text}], max_new_tokens)
         if system is not None:
             raise InputError("a system message needs the chat template, which is not used here")
-        ids = self._tokenizer.encode(text, allow_special=self._allow_special)
-        return self._fitted(ids, max_new_tokens)
+        return self._fitted(self.encode_text(text), max_new_tokens)
+
+    def encode_text(self, text: str) -> list[int]:
+        """The ids of a text that is taken as it is, however long."""
+        return self._tokenizer.encode(text, allow_special=self._allow_special)
+
+    def encode_messages(self, messages: Sequence[Mapping[str, Any]]) -> list[int]:
+        """The ids of messages in the chat template, up to where the answer begins, however long. Raises InputError."""
+        return self._tokenizer.encode_chat(messages, add_generation_prompt=True)
 
     @property
     def system(self) -> str | None:
@@ -83,13 +90,13 @@ class Prompter:
         return self._from_messages(messages, max_new_tokens)
 
     def _from_messages(self, messages: Sequence[Mapping[str, Any]], max_new_tokens: int | None) -> Prompt:
-        return self._fitted(self._tokenizer.encode_chat(messages, add_generation_prompt=True), max_new_tokens)
+        return self._fitted(self.encode_messages(messages), max_new_tokens)
 
     def _fitted(self, ids: list[int], max_new_tokens: int | None) -> Prompt:
         """The prompt with room for its answer: without a wish, 256 tokens or what is left."""
         if not ids:
             raise InputError("the prompt is empty (no tokens)")
-        context, num_ids = self._context, len(ids)
+        context, num_ids = self.context, len(ids)
         least = 1 if max_new_tokens is None else max_new_tokens
         if num_ids + least <= context:
             return Prompt(ids=tuple(ids), max_new_tokens=max_new_tokens or min(MAX_NEW_TOKENS, context - num_ids))
