@@ -1,6 +1,6 @@
 """Draws docs/images/terminal.svg: a terminal in which the built-in model tells a story. Run it again after a new model.
 
-    python docs/picture.py
+python docs/picture.py
 """
 
 import io

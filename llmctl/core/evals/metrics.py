@@ -103,5 +103,6 @@ def aggregate(kind: str, names: Sequence[str], values: Sequence[dict[str, float]
     """The metrics over all items, in the order of `names`. `values` must not be empty."""
     return tuple(METRICS[kind][name][1](name, [value[name] for value in values]) for name in names)
 
+
 TEXT_METRICS = ("perplexity", "bits_per_byte", "nats_per_token")
 """What a text is scored by; see perplexity.py."""

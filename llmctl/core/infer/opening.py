@@ -84,8 +84,8 @@ def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | 
     config, _, raw = load_config(path)
     if own_layout(raw, where=path / "config.json") is not None:
         return "the native executor reads no quantised directories yet"
-    if quant is not None and (quant != "int8" or _NATIVE_DTYPES.get(dtype or "f32") != "float32"):
-        return "of quantised weights the native executor holds int8, computed with in float32"
+    if quant is not None and _NATIVE_DTYPES.get(dtype or "f32") != "float32":
+        return "with quantised weights the native executor holds the rest in float32"
     try:
         library.kernels()
     except library.Unavailable as error:
@@ -102,7 +102,7 @@ def _may_have_accelerator() -> bool:
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 
 
-def _open_native(path: Path, *, dtype: str | None, quant: str | None, threads: int | None) -> OpenedModel:
+def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None) -> OpenedModel:
     from llmctl.core.checkpoint import load_config, read_generation, stored_arrays, stored_tensors, token_ids
     from llmctl.core.model.facts import num_parameters
     from llmctl.core.model.frequencies import angles
@@ -113,10 +113,10 @@ def _open_native(path: Path, *, dtype: str | None, quant: str | None, threads: i
     tensors = stored_tensors(path, config, family)
     stored = tensors[0][1].entry.dtype
     held = _NATIVE_DTYPES[dtype] if dtype is not None else ("bfloat16" if stored == "BF16" and quant is None else "float32")
-    arrays = stored_arrays(tensors) if quant is None else _as_int8(stored_arrays(tensors))
+    arrays = stored_arrays(tensors) if quant is None else _quantised(stored_arrays(tensors), quant)
     if threads is None:
-        number_bytes = 1 if quant is not None else 2 if held == "bfloat16" else 4
-        layer_bytes = num_parameters(config).non_embedding // config.num_layers * number_bytes
+        number_bytes = {"int8": 1.0, "int4": 0.6}[quant] if quant is not None else 2 if held == "bfloat16" else 4
+        layer_bytes = int(num_parameters(config).non_embedding // config.num_layers * number_bytes)
         threads = max(1, min(available_threads(), layer_bytes // 4 // _BYTES_A_THREAD))  # a layer has about four products
     executor = NativeExecutor(
         config,
@@ -138,21 +138,25 @@ def _open_native(path: Path, *, dtype: str | None, quant: str | None, threads: i
     )
 
 
-def _as_int8(arrays: Iterable[tuple[str, NDArray[Any]]]) -> Iterator[tuple[str, Any]]:
+def _quantised(arrays: Iterable[tuple[str, NDArray[Any]]], quant: Literal["int8", "int4"]) -> Iterator[tuple[str, Any]]:
     """The tensors with those quantised that torch would quantise, to the same codes and scales, and the rest in float32."""
-    from llmctl.core.native.library import Int8Matrix, from_bf16
+    from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16
     from llmctl.core.quant import layout_for, quantise
 
     for name, array in arrays:
         numbers = from_bf16(array) if array.dtype == np.uint16 else array
-        if layout_for(name, numbers.shape, "int8") is None:
+        layout = layout_for(name, numbers.shape, quant)
+        if layout is None:
             yield name, numbers
             continue
         try:
-            matrix = quantise(numbers, "int8")
+            matrix = quantise(numbers, layout)
         except InputError as error:
             raise InputError(f"tensor {name!r}: {error}") from error
-        yield name, Int8Matrix(matrix.codes, matrix.scales, matrix.num_columns)
+        if matrix.minimums is None:
+            yield name, Int8Matrix(matrix.codes, matrix.scales, matrix.num_columns)
+        else:
+            yield name, Int4Matrix(matrix.codes, matrix.scales, matrix.minimums, matrix.num_columns)
 
 
 def _open_torch(

@@ -13,11 +13,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.config.model import ModelConfig
+from llmctl.core.native.cache import CACHE_KINDS, Cache, CacheDtype
 from llmctl.core.native.library import (
     BFLOAT16,
     FLOAT32,
-    INT8,
     LANES,
+    Int4Matrix,
     Int8Matrix,
     Layer,
     Matrix,
@@ -25,7 +26,6 @@ from llmctl.core.native.library import (
     PackedMatrix,
     Session,
     Step,
-    aligned_zeros,
     from_bf16,
     kind_of,
     to_bf16,
@@ -34,6 +34,7 @@ from llmctl.core.native.library import (
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 _MAX_SIZE = 1 << 30
+_MAX_HEAD_SIZE = 1024
 
 Angles = Callable[[int], tuple[NDArray[np.float32], NDArray[np.float32]]]
 """Number of positions -> cosines and sines, (positions, R / 2) each."""
@@ -55,6 +56,8 @@ def supports(config: ModelConfig) -> str | None:
     sizes = (config.vocab_size, config.hidden_size, config.mlp_size, config.query_size + 2 * config.kv_size, config.max_positions)
     if max(sizes) > _MAX_SIZE:
         return "the model is too large for the native library"
+    if config.head_dim > _MAX_HEAD_SIZE:
+        return f"heads of {config.head_dim} are too large for the native library"
     return None
 
 
@@ -62,12 +65,22 @@ class NativeExecutor:
     """Runs the native library over a cache that grows on demand. See `core/infer/executor.py` for the contract.
 
     `tensors` has the decoder's tensors by name (model/facts.py), float32 or bf16 as uint16, with any strides; they are
-    packed here, except the embeddings, whose rows are looked up in place. `dtype`, "float32" or "bfloat16", is how
-    matrices are held, unless they come as Int8Matrix; arithmetic is float32. `angles` gives the rotary angles of a model that
-    has them.
+    packed here. `dtype`, "float32" or "bfloat16", is how matrices are held, unless they come as Int8Matrix or Int4Matrix, whose
+    inputs are quantised to int8 as they come; all other arithmetic is float32. The matrices of one product (q, k and v) are of
+    one kind. `cache_dtype` is how keys and values are held; None: float32 for float32 weights, else float16. `angles` gives the
+    rotary angles of a model that has them.
     """
 
-    def __init__(self, config: ModelConfig, tensors: Mapping[str, Any], *, dtype: str, angles: Angles | None, num_threads: int = 1) -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        tensors: Mapping[str, Any],
+        *,
+        dtype: str,
+        angles: Angles | None,
+        num_threads: int = 1,
+        cache_dtype: CacheDtype | None = None,
+    ) -> None:
         if (reason := supports(config)) is not None:
             raise ValueError(reason)
         self.config = config
@@ -76,11 +89,12 @@ class NativeExecutor:
         self._angle_tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
         self._kept: list[Any] = []  # what the structs point to
         self._kind = _KINDS[dtype]
+        if cache_dtype is None:
+            quantised = any(isinstance(tensor, Int8Matrix | Int4Matrix) for tensor in tensors.values())
+            cache_dtype = "float16" if quantised or self._kind == BFLOAT16 else "float32"
         self._layers = (Layer * config.num_layers)(*(self._layer(i, tensors) for i in range(config.num_layers)))
+        self._cache = Cache(dtype=cache_dtype, num_layers=config.num_layers, num_heads=config.num_kv_heads, head_dim=config.head_dim)
         self._model = self._whole(tensors)
-        self._keys: list[NDArray[np.float32]] = []
-        self._values: list[NDArray[np.float32]] = []
-        self._num_slots = self._capacity = 0
 
     @property
     def vocab_size(self) -> int:
@@ -102,34 +116,27 @@ class NativeExecutor:
         """Threads that compute."""
         return self._session.num_threads
 
+    @property
+    def cache_dtype(self) -> CacheDtype:
+        """How keys and values are held."""
+        return self._cache.dtype
+
     def reserve(self, *, num_slots: int, capacity: int) -> None:
         """At least that many slots of at least that many tokens. Raises MemoryError."""
-        if self._num_slots >= num_slots and self._capacity >= capacity:
+        cache = self._cache
+        if cache.num_slots >= num_slots and cache.capacity >= capacity:
             return
-        config, old_slots, old_capacity = self.config, self._num_slots, self._capacity
-        num_slots = max(num_slots, old_slots)
-        if capacity > old_capacity:  # doubling keeps the copies of a growing batch few
-            capacity = -(-max(capacity, min(2 * old_capacity, self.max_positions)) // LANES) * LANES
+        if capacity > cache.capacity:  # doubling keeps the copies of a growing batch few
+            capacity = -(-max(capacity, min(2 * cache.capacity, self.max_positions)) // LANES) * LANES
         else:
-            capacity = old_capacity
-        heads, size = config.num_kv_heads, config.head_dim
-        key_shape = (num_slots, heads, capacity // LANES, size, LANES)
-        value_shape = (num_slots, heads, -(-size // LANES), capacity, LANES)
-        keys = [aligned_zeros(key_shape, np.float32) for _ in range(config.num_layers)]
-        values = [aligned_zeros(value_shape, np.float32) for _ in range(config.num_layers)]
-        if old_slots:
-            for new, old in zip(keys, self._keys, strict=True):
-                new[:old_slots, :, : old_capacity // LANES] = old
-            for new, old in zip(values, self._values, strict=True):
-                new[:old_slots, :, :, :old_capacity] = old
-        self._keys, self._values, self._num_slots, self._capacity = keys, values, num_slots, capacity
+            capacity = cache.capacity
+        cache.grow(num_slots=max(num_slots, cache.num_slots), capacity=capacity)
+        cache.point(self._layers)
         self._model.cache_capacity = capacity
-        for layer, key, value in zip(self._layers, keys, values, strict=True):
-            layer.keys, layer.values = key.ctypes.data, value.ctypes.data
 
     def release(self) -> None:
         """Forget the cache."""
-        self._keys, self._values, self._num_slots, self._capacity = [], [], 0, 0
+        self._cache.release()
 
     def step(
         self,
@@ -178,20 +185,18 @@ class NativeExecutor:
 
     def copy_slot(self, source: int, *, to: int, length: int) -> None:
         """Copy the first `length` tokens of a slot."""
-        for keys, values in zip(self._keys, self._values, strict=True):
-            keys[to, :, : -(-length // LANES)] = keys[source, :, : -(-length // LANES)]
-            values[to, :, :, :length] = values[source, :, :, :length]
+        self._cache.copy(source, to=to, length=length)
 
     def _check(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], slots: NDArray[np.int64], counts: NDArray[np.int64]) -> None:
         if not 1 <= int(counts.min()) <= int(counts.max()) <= tokens.shape[1]:
             raise ValueError(f"rows of {tokens.shape[1]} tokens cannot hold {counts.tolist()}")
         if int(tokens.min()) < 0 or int(tokens.max()) >= self.vocab_size:
             raise ValueError(f"a token is outside the vocabulary of {self.vocab_size}")
-        if int(slots.min()) < 0 or int(slots.max()) >= self._num_slots:
-            raise ValueError(f"a slot is not among the {self._num_slots} reserved ones")
+        if int(slots.min()) < 0 or int(slots.max()) >= self._cache.num_slots:
+            raise ValueError(f"a slot is not among the {self._cache.num_slots} reserved ones")
         longest = int((positions + counts).max())
-        if int(positions.min()) < 0 or longest > self._capacity:
-            raise ValueError(f"position {longest - 1} does not fit a cache of {self._capacity}")
+        if int(positions.min()) < 0 or longest > self._cache.capacity:
+            raise ValueError(f"position {longest - 1} does not fit a cache of {self._cache.capacity}")
         if self._model.positions and longest > self.max_positions:
             raise ValueError(f"position {longest - 1} is beyond the {self.max_positions} that the model has")
 
@@ -206,19 +211,13 @@ class NativeExecutor:
 
     def _whole(self, tensors: Mapping[str, Any]) -> Model:
         config = self.config
-        embed: Any = tensors["embed.weight"]
-        head: Any
-        embed_kind, embed_scales = self._kind, None
-        if isinstance(embed, Int8Matrix):
-            head, embed_kind = embed, INT8
-            self._kept.append(scales := np.ascontiguousarray(embed.scales, dtype=np.float32))
-            embed, embed_scales = np.ascontiguousarray(embed.codes), scales.ctypes.data
+        embed = self._pack([tensors["embed.weight"]], [None])
+        bias = tensors.get("head.bias")
+        if config.tie_embeddings:
+            head = embed.with_bias(None if bias is None else self._rounded(bias))
         else:
-            if kind_of(embed) != self._kind:
-                embed = from_bf16(embed) if self._kind == FLOAT32 else to_bf16(embed)
-            head = embed = np.ascontiguousarray(embed)
-        self._kept.append(embed)
-        head = head if config.tie_embeddings else tensors["head.weight"]
+            head = self._pack([tensors["head.weight"]], [bias])
+        self._kept.append(head)
         return Model(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -231,7 +230,7 @@ class NativeExecutor:
             activation=_ACTIVATIONS[config.activation],
             gated_mlp=config.gated_mlp,
             layer_norm=config.norm == "layer",
-            embed_kind=embed_kind,
+            cache_kind=CACHE_KINDS[self._cache.dtype],
             norm_eps=config.norm_eps,
             attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
             attention_softcap=config.attention_softcap or 0.0,
@@ -239,13 +238,12 @@ class NativeExecutor:
             embedding_multiplier=config.embedding_multiplier,
             residual_multiplier=config.residual_multiplier,
             logit_multiplier=config.logit_multiplier,
-            embed=embed.ctypes.data,
-            embed_scales=embed_scales,
             positions=self._floats(tensors.get("positions.weight")),
             final_norm=self._floats(tensors["final_norm.weight"], plus_one=config.norm == "rms" and config.norm_plus_one),
             final_norm_bias=self._floats(tensors.get("final_norm.bias")),
             layers=ctypes.cast(self._layers, ctypes.POINTER(Layer)),
-            head=self._matrix([head], [tensors.get("head.bias")]),
+            embed=embed.struct(),
+            head=head.struct(),
         )
 
     def _layer(self, index: int, tensors: Mapping[str, Any]) -> Layer:
@@ -278,14 +276,20 @@ class NativeExecutor:
         )
 
     def _matrix(self, parts: list[Any], biases: list[NDArray[Any] | None]) -> Matrix:
-        given = [self._rounded(bias) for bias in biases if bias is not None]
-        packed: PackedMatrix
-        if isinstance(parts[0], Int8Matrix):
-            packed = self._session.pack_int8(parts, biases=given or None)
+        return self._pack(parts, biases).struct()
+
+    def _pack(self, parts: list[Any], biases: list[NDArray[Any] | None]) -> PackedMatrix:
+        """Matrices of one kind, one below the other, packed and kept."""
+        given = None
+        if any(bias is not None for bias in biases):
+            pairs = zip(parts, biases, strict=True)
+            given = [np.zeros(_num_rows(part), np.float32) if bias is None else self._rounded(bias) for part, bias in pairs]
+        if isinstance(parts[0], Int8Matrix | Int4Matrix):
+            packed = self._session.pack_quantised(parts, biases=given)
         else:
-            packed = self._session.pack(parts, kind=self._kind, biases=given or None)
+            packed = self._session.pack(parts, kind=self._kind, biases=given)
         self._kept.append(packed)
-        return packed.struct()
+        return packed
 
     def _floats(self, array: NDArray[Any] | None, *, plus_one: bool = False) -> int | None:
         """The address of the numbers in float32, None for None."""
@@ -302,3 +306,7 @@ class NativeExecutor:
         if kind_of(array) == BFLOAT16:
             return from_bf16(array)
         return np.ascontiguousarray(array) if self._kind == FLOAT32 else from_bf16(to_bf16(array))
+
+
+def _num_rows(matrix: Any) -> int:
+    return len(matrix.codes if isinstance(matrix, Int8Matrix | Int4Matrix) else matrix)

@@ -4,5 +4,4 @@
 #define LLMCTL_KERNELS kAvx512Kernels
 #define LLMCTL_ISA_NAME "avx512"
 #include "kernels.inl"
-#include "step.inl"
 #endif

@@ -3,4 +3,3 @@
 #define LLMCTL_KERNELS kBaselineKernels
 #define LLMCTL_ISA_NAME "baseline"
 #include "kernels.inl"
-#include "step.inl"

@@ -4,8 +4,10 @@ Every struct mirrors one of native.h, field by field; `load` refuses a library w
 """
 
 import ctypes
+import dataclasses
 import functools
 import os
+from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,14 +18,16 @@ from numpy.typing import NDArray
 
 LANES = 16
 """Output rows of a packed block."""
-FLOAT32, BFLOAT16, INT8 = 0, 1, 2
-"""Kinds of weights. bf16 numbers are held as uint16, since numpy has no bf16."""
+FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 = 0, 1, 2, 3, 4
+"""Kinds of weights; FLOAT16, of caches only. bf16 numbers are held as uint16, since numpy has no bf16."""
+GROUP = 32
+"""Inputs that share a scale."""
 ISA_VARIABLE = "LLMCTL_NATIVE_ISA"
 """Environment: the kernels to use, "avx512", "avx2" or "baseline", instead of the best that the CPU can run."""
 KERNEL_NAMES = ("avx512", "avx2", "baseline")
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
-_ABI = 1
+_ABI = 2
 
 
 class Unavailable(Exception):
@@ -36,6 +40,7 @@ class Matrix(ctypes.Structure):
     _fields_ = [
         ("weights", c_void_p),
         ("scales", c_void_p),
+        ("minimums", c_void_p),
         ("bias", c_void_p),
         ("kind", c_int32),
         ("outputs", c_int32),
@@ -49,7 +54,8 @@ class Layer(ctypes.Structure):
 
     _fields_ = [
         *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
-        *((name, c_void_p) for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm", "keys", "values")),
+        *((name, c_void_p) for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         ("window", c_int64),
         ("rotates", c_int64),
     ]
@@ -63,7 +69,7 @@ class Model(ctypes.Structure):
             (name, c_int32)
             for name in (
                 *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "rotary_size"),
-                *("activation", "gated_mlp", "layer_norm", "embed_kind"),
+                *("activation", "gated_mlp", "layer_norm", "cache_kind"),
             )
         ),
         *(
@@ -73,9 +79,10 @@ class Model(ctypes.Structure):
                 *("embedding_multiplier", "residual_multiplier", "logit_multiplier", "unused"),
             )
         ),
-        *((name, c_void_p) for name in ("embed", "embed_scales", "positions", "final_norm", "final_norm_bias")),
+        *((name, c_void_p) for name in ("positions", "final_norm", "final_norm_bias")),
         ("layers", POINTER(Layer)),
         ("cache_capacity", c_int64),
+        ("embed", Matrix),
         ("head", Matrix),
     ]
 
@@ -96,7 +103,7 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
     "llmctl_close": (None, [c_void_p]),
     "llmctl_step": (c_int32, [c_void_p, POINTER(Model), POINTER(Step)]),
     "llmctl_pack": (None, [c_void_p, c_int32, c_void_p, c_int64, c_int64, c_int64, c_void_p, c_int32, c_int64, c_int64]),
-    "llmctl_multiply": (None, [c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
+    "llmctl_multiply": (c_int32, [c_void_p, POINTER(Matrix), c_void_p, c_int32, c_void_p]),
 }
 
 
@@ -151,82 +158,132 @@ class Session:
     def pack(self, parts: list[NDArray[Any]], *, kind: int, biases: list[NDArray[np.float32]] | None = None) -> "PackedMatrix":
         """Pack matrices (outputs, inputs) of float32 or bf16 (uint16), any strides, one below the other. Raises MemoryError."""
         outputs, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
-        num_blocks = -(-outputs // LANES)
-        if kind == FLOAT32:
-            weights: NDArray[Any] = aligned_zeros((num_blocks, inputs, LANES), np.float32)
-        else:
-            weights = aligned_zeros((num_blocks, -(-inputs // 2), LANES, 2), np.uint16)
+        layout = packed_layout(kind, outputs, inputs)
+        weights = aligned_zeros(*layout["weights"])
+        self._place(parts, kind, weights)
+        return PackedMatrix(kind, outputs, inputs, weights, bias=_padded_bias(biases, outputs))
+
+    def pack_quantised(
+        self, parts: "Sequence[Int8Matrix | Int4Matrix]", *, biases: list[NDArray[np.float32]] | None = None
+    ) -> "PackedMatrix":
+        """Pack quantised matrices of one kind, one below the other. Raises MemoryError."""
+        kind = INT8 if isinstance(parts[0], Int8Matrix) else INT4
+        outputs, inputs = sum(len(part.codes) for part in parts), parts[0].num_columns
+        centred = all(isinstance(part, Int4Matrix) and part.is_centred() for part in parts)
+        layout = packed_layout(kind, outputs, inputs, has_minimums=not centred)
+        arrays = {name: aligned_zeros(*layout[name]) for name in layout}
+        self._place([np.ascontiguousarray(part.codes).view(np.uint32) for part in parts], kind, arrays["weights"])
+        if kind == INT8:
+            arrays["weights"] ^= np.uint8(128)
+        for name in layout:
+            if name != "weights":
+                halves = [np.ascontiguousarray(getattr(part, name), dtype=np.float16).view(np.uint16) for part in parts]
+                self._place(halves, FLOAT16, arrays[name])
+        return PackedMatrix(kind, outputs, inputs, **arrays, bias=_padded_bias(biases, outputs))
+
+    def _place(self, parts: list[NDArray[Any]], kind: int, packed: NDArray[Any]) -> None:
+        """Numbers of matrices that lie one below the other into a packed array."""
         row = 0
         for part in parts:
+            source_kind = FLOAT32 if part.dtype == np.float32 else BFLOAT16
             self._library.llmctl_pack(
-                *(self._handle, kind, weights.ctypes.data, row, *part.shape, part.ctypes.data, kind_of(part)),
+                *(self._handle, kind, packed.ctypes.data, row, *part.shape, part.ctypes.data, source_kind),
                 *(stride // part.itemsize for stride in part.strides),
             )
             row += part.shape[0]
-        return PackedMatrix(weights, _padded_bias(biases, outputs), kind, outputs, inputs)
-
-    def pack_int8(self, parts: "list[Int8Matrix]", *, biases: list[NDArray[np.float32]] | None = None) -> "PackedMatrix":
-        """Pack quantised matrices (outputs, inputs), one below the other. Raises MemoryError."""
-        outputs, inputs = sum(len(part.codes) for part in parts), parts[0].num_columns
-        num_blocks, groups = -(-outputs // LANES), parts[0].scales.shape[1]
-        weights = aligned_zeros((num_blocks, inputs, LANES), np.int8)
-        scales = aligned_zeros((num_blocks, groups, LANES), np.float32)
-        for block in range(num_blocks):
-            codes, scale = (_rows([getattr(part, name) for part in parts], block * LANES) for name in ("codes", "scales"))
-            weights[block, :, : len(codes)] = codes[:, :inputs].T
-            scales[block, :, : len(scale)] = scale.T
-        return PackedMatrix(weights, _padded_bias(biases, outputs), INT8, outputs, inputs, scales)
 
     def multiply(self, matrix: "PackedMatrix", x: NDArray[np.float32]) -> NDArray[np.float32]:
-        """x (rows, inputs) times the matrix, plus its bias: (rows, outputs)."""
+        """x (rows, inputs) times the matrix, plus its bias: (rows, outputs). Raises MemoryError."""
         x = np.ascontiguousarray(x, dtype=np.float32)
         y = np.empty((x.shape[0], matrix.outputs), dtype=np.float32)
-        self._library.llmctl_multiply(self._handle, matrix.struct(), x.ctypes.data, x.shape[0], y.ctypes.data)
+        if self._library.llmctl_multiply(self._handle, matrix.struct(), x.ctypes.data, x.shape[0], y.ctypes.data):
+            raise MemoryError("no memory for quantised rows")
         return y
 
 
 @dataclass(frozen=True)
 class Int8Matrix:
-    """A matrix in groups of 32 along its columns: codes (R, 32 G) int8 and scales (R, G); a number is scale * code."""
+    """A matrix in groups of 32 along its columns: codes (R, 32 G) int8 and scales (R, G) float16; a number is scale * code."""
 
     codes: NDArray[np.int8]
     scales: NDArray[Any]
     num_columns: int
 
 
-class PackedMatrix:
-    """A matrix in the library's layout, and the arrays that hold it."""
+@dataclass(frozen=True)
+class Int4Matrix:
+    """A matrix in groups of 32 along its columns: a number is scale * code + minimum.
 
-    def __init__(
-        self,
-        weights: NDArray[Any],
-        bias: NDArray[np.float32] | None,
-        kind: int,
-        outputs: int,
-        inputs: int,
-        scales: NDArray[np.float32] | None = None,
-    ) -> None:
-        self.weights, self.bias, self.kind, self.outputs, self.inputs, self.scales = weights, bias, kind, outputs, inputs, scales
+    `codes` are uint8 (R, 16 G), whose byte j of a group holds column j in its low half and column j + 16 in its high half;
+    `scales` and `minimums` are float16 (R, G).
+    """
+
+    codes: NDArray[np.uint8]
+    scales: NDArray[Any]
+    minimums: NDArray[Any]
+    num_columns: int
+
+    def is_centred(self) -> bool:
+        """Whether each minimum is -8 times its scale, as in Q4_0: then it need not be held."""
+        with np.errstate(over="ignore", invalid="ignore"):
+            expected = np.asarray(self.scales, np.float16) * np.float16(-8)
+        return np.array_equal(np.asarray(self.minimums, np.float16), expected, equal_nan=True)
+
+
+@dataclass(frozen=True)
+class PackedMatrix:
+    """A matrix in the library's layout: the arrays of `packed_layout`, at multiples of 64 bytes for speed."""
+
+    kind: int
+    outputs: int
+    inputs: int
+    weights: NDArray[Any]
+    scales: NDArray[Any] | None = None
+    minimums: NDArray[Any] | None = None
+    bias: NDArray[np.float32] | None = None
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """The arrays that are there, by name."""
+        found = {name: getattr(self, name) for name in ("weights", "scales", "minimums", "bias")}
+        return {name: array for name, array in found.items() if array is not None}
+
+    def with_bias(self, bias: NDArray[np.float32] | None) -> "PackedMatrix":
+        """The same matrix, in the same memory, with another bias (outputs,), or none."""
+        return dataclasses.replace(self, bias=_padded_bias(None if bias is None else [bias], self.outputs))
 
     def struct(self) -> Matrix:
-        """The C struct; valid as long as this object lives."""
-        bias, scales = (None if array is None else array.ctypes.data for array in (self.bias, self.scales))
-        return Matrix(weights=self.weights.ctypes.data, scales=scales, bias=bias, kind=self.kind, outputs=self.outputs, inputs=self.inputs)
+        """The C struct; valid as long as the arrays live."""
+        pointers = {name: array.ctypes.data for name, array in self.arrays().items()}
+        return Matrix(kind=self.kind, outputs=self.outputs, inputs=self.inputs, **pointers)
 
 
-def _rows(parts: list[NDArray[Any]], first: int) -> NDArray[Any]:
-    """The rows from `first` on, a block of them at most, of matrices that lie one below the other."""
-    found, start = [], 0
-    for part in parts:
-        found.append(part[max(0, first - start) : max(0, first - start + LANES)])
-        start += len(part)
-    return np.concatenate(found)
+def packed_layout(
+    kind: int, outputs: int, inputs: int, *, has_minimums: bool = True, has_bias: bool = False
+) -> dict[str, tuple[tuple[int, ...], Any]]:
+    """Name -> (shape, dtype) of the arrays of a packed matrix (outputs, inputs); native.h says what stands where.
+
+    Minimums are int4's, and there are none where each is -8 times its scale.
+    """
+    blocks, groups = -(-outputs // LANES), -(-inputs // GROUP)
+    layout: dict[str, tuple[tuple[int, ...], Any]]
+    if kind == FLOAT32:
+        layout = {"weights": ((blocks, inputs, LANES), np.float32)}
+    elif kind == BFLOAT16:
+        layout = {"weights": ((blocks, -(-inputs // 2), LANES, 2), np.uint16)}
+    else:
+        layout = {"weights": ((blocks, (8 if kind == INT8 else 4) * groups, LANES, 4), np.uint8)}
+        layout["scales"] = ((blocks, groups, LANES), np.float16)
+        if kind == INT4 and has_minimums:
+            layout["minimums"] = ((blocks, groups, LANES), np.float16)
+    if has_bias:
+        layout["bias"] = ((blocks * LANES,), np.float32)
+    return layout
 
 
 def _padded_bias(biases: list[NDArray[np.float32]] | None, outputs: int) -> NDArray[np.float32] | None:
     if biases is None:
         return None
-    bias = np.zeros(-(-outputs // LANES) * LANES, dtype=np.float32)
+    bias = aligned_zeros((-(-outputs // LANES) * LANES,), np.float32)
     bias[:outputs] = np.concatenate(biases)
     return bias
 

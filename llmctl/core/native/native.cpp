@@ -12,16 +12,24 @@
 #include <vector>
 
 #if defined(__x86_64__)
+#include <cpuid.h>
 #include <immintrin.h>
 #endif
 
 namespace llmctl {
 namespace {
 
+#if defined(__x86_64__)
+bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid(1, &eax, &ebx, &ecx, &edx) && (ecx >> 29 & 1u);
+}
+#endif
+
 bool can_run(const Kernels& kernels) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
-    if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+    if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
     if (&kernels == &kAvx512Kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
@@ -139,8 +147,6 @@ class Pool {
     alignas(64) std::atomic<unsigned> round_{0};
 };
 
-size_t whole_blocks(int64_t count) { return static_cast<size_t>((count + kLanes - 1) / kLanes * kLanes); }
-
 // Grows and is never given back before its owner is.
 class Memory {
    public:
@@ -176,34 +182,48 @@ struct ChunkJob {
     Chunk chunk;
 };
 
-Scratch lay_out(Session& session, const Model& model, const Step& step, int64_t num_tokens) {
-    int64_t longest = 0;
-    for (int64_t t = 0; t < step.num_tokens; ++t) longest = step.positions[t] > longest ? step.positions[t] : longest;
+size_t whole_groups(int64_t count) { return static_cast<size_t>((count + kQuantGroup - 1) / kQuantGroup * kQuantGroup); }
+
+Scratch lay_out(Session& session, const Model& model, int64_t num_tokens) {
+    const int num_threads = session.pool.num_threads();
+    const int64_t attended = static_cast<int64_t>(model.num_heads) * model.head_dim, key_values = static_cast<int64_t>(model.num_kv_heads) * model.head_dim;
+    const int64_t widest = attended > model.hidden_size ? attended : model.hidden_size;
     Scratch scratch{};
-    scratch.hidden_stride = whole_blocks(model.hidden_size);
-    scratch.qkv_stride = whole_blocks((static_cast<int64_t>(model.num_heads) + 2 * model.num_kv_heads) * model.head_dim);
-    scratch.attended_stride = whole_blocks(static_cast<int64_t>(model.num_heads) * model.head_dim);
-    scratch.mlp_stride = whole_blocks(model.mlp_size);
-    const int64_t sharing = model.num_heads / model.num_kv_heads;
-    scratch.scores_stride = whole_blocks(sharing * static_cast<int64_t>(whole_blocks(longest + 1) + kLanes + 1));
+    scratch.hidden_stride = whole_groups(model.hidden_size);
+    scratch.qkv_stride = whole_groups(attended + 2 * key_values);
+    scratch.attended_stride = whole_groups(attended);
+    scratch.mlp_stride = whole_groups(model.mlp_size);
+    scratch.attention_stride = whole_groups(static_cast<int64_t>(attention_floats(model)));
     const size_t rows = static_cast<size_t>(num_tokens);
-    const size_t sizes[] = {rows * scratch.hidden_stride,   rows * scratch.hidden_stride, rows * scratch.qkv_stride,
-                            rows * scratch.attended_stride, rows * scratch.mlp_stride,    rows * scratch.mlp_stride,
-                            scratch.scores_stride * session.pool.num_threads()};
+    const size_t few = static_cast<size_t>(kFewTokens) * num_threads;  // rows that each thread prepares for itself
+    const size_t prepared = num_tokens <= kFewTokens && few > rows ? few : rows;
+    struct {
+        float** place;
+        size_t floats;
+    } const parts[] = {
+        {&scratch.hidden, rows * scratch.hidden_stride},
+        {&scratch.normed, prepared * scratch.hidden_stride},
+        {&scratch.qkv, rows * scratch.qkv_stride},
+        {&scratch.attended, rows * scratch.attended_stride},
+        {&scratch.gate, rows * scratch.mlp_stride},
+        {&scratch.up, rows * scratch.mlp_stride},
+        {&scratch.quantised, prepared * whole_groups(widest) / kQuantGroup * kQuantBytes / sizeof(float)},
+        {&scratch.mlp_quantised, rows * scratch.mlp_stride / kQuantGroup * kQuantBytes / sizeof(float)},
+        {&scratch.attention, scratch.attention_stride * num_threads},
+    };
     size_t total = 0;
-    for (size_t size : sizes) total += size;
+    for (const auto& part : parts) total += whole_groups(static_cast<int64_t>(part.floats));
     float* at = session.memory.get(total);
-    float** const places[] = {&scratch.hidden, &scratch.normed, &scratch.qkv, &scratch.attended, &scratch.gate, &scratch.up, &scratch.scores};
-    for (int i = 0; i < 7; ++i) {
-        *places[i] = at;
-        at += sizes[i];
+    for (const auto& part : parts) {
+        *part.place = at;
+        at += whole_groups(static_cast<int64_t>(part.floats));
     }
     return scratch;
 }
 
 void run_step(Session& session, const Model& model, const Step& step) {
     const int64_t most = step.num_tokens < kChunk ? step.num_tokens : kChunk;
-    const Scratch scratch = lay_out(session, model, step, most);
+    const Scratch scratch = lay_out(session, model, most);
     float* logits = step.logits;
     for (int64_t first = 0; first < step.num_tokens; first += kChunk) {
         Step part = step;
@@ -254,14 +274,14 @@ inline void convert(float from, float& to) { to = from; }
 inline void convert(float from, uint16_t& to) { to = float_to_bf16(from); }
 inline void convert(uint16_t from, float& to) { to = bf16_to_float(from); }
 inline void convert(uint16_t from, uint16_t& to) { to = from; }
+inline void convert(uint32_t from, uint32_t& to) { to = from; }
 
-// The rows of the blocks first <= b < last. Tiles of 64 columns keep the 16 rows of a block in the cache, and the
-// columns of a transposed source too.
-template <typename From, typename To>
+// The rows of the blocks first <= b < last, `Pair` inputs of one output side by side. Tiles of 64 columns keep the 16 rows of
+// a block in the cache, and the columns of a transposed source too.
+template <typename From, typename To, int64_t Pair>
 void pack_blocks(const PackJob& job, int64_t first, int64_t last) {
-    constexpr int64_t kPair = sizeof(To) == 2 ? 2 : 1;  // inputs of one output that lie side by side
     const From* source = static_cast<const From*>(job.source);
-    const int64_t end_row = job.first_row + job.rows, block_size = (job.columns + kPair - 1) / kPair * kPair * kLanes;
+    const int64_t end_row = job.first_row + job.rows, block_size = (job.columns + Pair - 1) / Pair * Pair * kLanes;
     for (int64_t block = first; block < last; ++block) {
         const int64_t from = block * kLanes > job.first_row ? block * kLanes : job.first_row;
         const int64_t to = (block + 1) * kLanes < end_row ? (block + 1) * kLanes : end_row;
@@ -269,21 +289,42 @@ void pack_blocks(const PackJob& job, int64_t first, int64_t last) {
             const int64_t stop = tile + 64 < job.columns ? tile + 64 : job.columns;
             for (int64_t row = from; row < to; ++row) {
                 const From* in = source + (row - job.first_row) * job.row_stride;
-                To* out = static_cast<To*>(job.packed) + block * block_size + row % kLanes * kPair;
-                for (int64_t k = tile; k < stop; ++k) convert(in[k * job.column_stride], out[k / kPair * kPair * kLanes + k % kPair]);
+                To* out = static_cast<To*>(job.packed) + block * block_size + row % kLanes * Pair;
+                for (int64_t k = tile; k < stop; ++k) convert(in[k * job.column_stride], out[k / Pair * Pair * kLanes + k % Pair]);
             }
         }
     }
 }
 
+using PackBlocks = void (*)(const PackJob& job, int64_t first, int64_t last);
+
+PackBlocks packer(int32_t kind, int32_t source_kind) {
+    const bool from_float = source_kind == kFloat32;
+    if (kind == kFloat32) return from_float ? pack_blocks<float, float, 1> : pack_blocks<uint16_t, float, 1>;
+    if (kind == kBfloat16) return from_float ? pack_blocks<float, uint16_t, 2> : pack_blocks<uint16_t, uint16_t, 2>;
+    return kind == kFloat16 ? pack_blocks<uint16_t, uint16_t, 1> : pack_blocks<uint32_t, uint32_t, 1>;
+}
+
 struct MultiplyJob {
     const Kernels* kernels;
     const Matrix* matrix;
-    const float* x;
+    Inputs x;
     int rows;
     float* y;
-    int num_threads;
+    Pool* pool;
 };
+
+void multiply(const MultiplyJob& job, int thread) {
+    const int num_threads = job.pool->num_threads();
+    const auto part = [&](int count, int at) { return static_cast<int>(static_cast<int64_t>(count) * at / num_threads); };
+    if (job.matrix->kind == kInt8 || job.matrix->kind == kInt4)
+        for (int row = part(job.rows, thread); row < part(job.rows, thread + 1); ++row)
+            job.kernels->quantise(job.x.x + row * job.x.stride, job.matrix->inputs, job.x.quantised, row);
+    job.pool->barrier();
+    const int blocks = (job.matrix->outputs + kLanes - 1) / kLanes;
+    job.kernels->multiply(*job.matrix, part(blocks, thread), part(blocks, thread + 1), job.x, job.rows, job.y,
+                          static_cast<size_t>(job.matrix->outputs));
+}
 
 }  // namespace
 }  // namespace llmctl
@@ -329,13 +370,12 @@ EXPORTED int32_t llmctl_step(void* session, const Model* model, const Step* step
     }
 }
 
-// Rows of a matrix (rows, columns) of float32 or bf16 into `packed`, which was zeroed, as its output rows first_row and on.
+// Rows of a matrix (rows, columns) into `packed`, which was zeroed, as its output rows first_row and on. Float32 and bf16 become
+// what `kind` says; for int8 and int4 the numbers are the 4-byte units of their codes, for float16 their scales.
 EXPORTED void llmctl_pack(void* session, int32_t kind, void* packed, int64_t first_row, int64_t rows, int64_t columns, const void* source,
                  int32_t source_kind, int64_t row_stride, int64_t column_stride) {
     Pool& pool = static_cast<Session*>(session)->pool;
-    const auto pack = kind == kFloat32 ? (source_kind == kFloat32 ? pack_blocks<float, float> : pack_blocks<uint16_t, float>)
-                                       : (source_kind == kFloat32 ? pack_blocks<float, uint16_t> : pack_blocks<uint16_t, uint16_t>);
-    const PackJob job{source, row_stride, column_stride, packed, first_row, rows, columns, pack, pool.num_threads()};
+    const PackJob job{source, row_stride, column_stride, packed, first_row, rows, columns, packer(kind, source_kind), pool.num_threads()};
     pool.run(
         [](const void* context, int thread) {
             const PackJob& job = *static_cast<const PackJob*>(context);
@@ -345,20 +385,18 @@ EXPORTED void llmctl_pack(void* session, int32_t kind, void* packed, int64_t fir
         &job);
 }
 
-// y (rows, outputs) = x (rows, inputs) * matrix + bias.
-EXPORTED void llmctl_multiply(void* session, const Matrix* matrix, const float* x, int32_t rows, float* y) {
+// y (rows, outputs) = x (rows, inputs) * matrix + bias. 0: done; 1: no memory.
+EXPORTED int32_t llmctl_multiply(void* session, const Matrix* matrix, const float* x, int32_t rows, float* y) {
     Session& owner = *static_cast<Session*>(session);
-    const MultiplyJob job{owner.kernels, matrix, x, rows, y, owner.pool.num_threads()};
-    owner.pool.run(
-        [](const void* context, int thread) {
-            const MultiplyJob& job = *static_cast<const MultiplyJob*>(context);
-            const int blocks = (job.matrix->outputs + kLanes - 1) / kLanes;
-            const int first = static_cast<int>(static_cast<int64_t>(blocks) * thread / job.num_threads);
-            const int last = static_cast<int>(static_cast<int64_t>(blocks) * (thread + 1) / job.num_threads);
-            job.kernels->multiply(*job.matrix, first, last, job.x, static_cast<size_t>(job.matrix->inputs), job.rows, job.y,
-                                  static_cast<size_t>(job.matrix->outputs));
-        },
-        &job);
+    try {
+        const size_t bytes = static_cast<size_t>(rows) * whole_groups(matrix->inputs) / kQuantGroup * kQuantBytes;
+        const QuantRows quantised = quant_rows(owner.memory.get(bytes / sizeof(float)), rows, matrix->inputs);
+        const MultiplyJob job{owner.kernels, matrix, {x, static_cast<size_t>(matrix->inputs), quantised}, rows, y, &owner.pool};
+        owner.pool.run([](const void* context, int thread) { multiply(*static_cast<const MultiplyJob*>(context), thread); }, &job);
+        return 0;
+    } catch (const std::bad_alloc&) {
+        return 1;
+    }
 }
 
 }  // extern "C"

@@ -11,22 +11,38 @@
 
 namespace llmctl {
 
-constexpr int32_t kAbi = 1;     // raised with every change to a struct or a function of the C interface
+constexpr int32_t kAbi = 2;     // raised with every change to a struct, a layout or a function of the C interface
 constexpr int kLanes = 16;      // output rows of one packed block
 constexpr int kQuantGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 256;     // tokens that pass through all layers together: bounds the scratch memory
+constexpr int kKeyBlock = 256;  // keys whose softmax is computed together
+constexpr int kMaxTileRows = 32;  // queries that go over a block of keys together
+constexpr int kMaxHeadSize = 1024;
+constexpr int kFewTokens = 4;  // so many tokens are prepared by every thread for itself, which is quicker than waiting
 
-enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2 };
+enum Kind : int32_t { kFloat32 = 0, kBfloat16 = 1, kInt8 = 2, kInt4 = 3, kFloat16 = 4 };  // float16: of caches only
 enum Activation : int32_t { kSilu = 0, kGelu = 1, kGeluTanh = 2, kRelu = 3 };
 
-// A packed matrix (outputs, inputs). Block b holds the output rows 16 b .. 16 b + 15, the last one padded with zeros:
-//   float32   [block][input][16]
-//   bfloat16  [block][input / 2][16][2], two inputs of one output side by side, an odd last input padded with zero
-//   int8      [block][input][16], and `scales` [block][input / 32, rounded up][16]: a weight is scale * code
-// `bias` is padded to whole blocks, or null.
+// A packed matrix (outputs, inputs). B blocks of 16 output rows, the last one filled up with zeros; G = inputs / 32, rounded
+// up. What a block holds for one step of a product lies in 64 bytes side by side: one load of AVX-512, two of AVX2.
+//
+//   kind      array     dtype    shape
+//   float32   weights   float32  (B, inputs, 16)
+//   bfloat16  weights   uint16   (B, inputs / 2 rounded up, 16, 2): two inputs of one output, a missing last one is zero
+//   int8      weights   uint8    (B, 8 G, 16, 4): code + 128 of four inputs of one output
+//             scales    float16  (B, G, 16)
+//   int4      weights   uint8    (B, 4 G, 16, 4): byte j of unit 4 g + c holds input 32 g + 4 c + j in its low half and input
+//                                32 g + 16 + 4 c + j in its high half
+//             scales    float16  (B, G, 16)
+//             minimums  float16  (B, G, 16), or none: each is then -8 times its scale (Q4_0 of GGUF)
+//   any       bias      float32  (16 B,), or none
+//
+// A weight of int8 is scale * code, one of int4 scale * code + minimum. So the units of int8 and int4 are the 4-byte pieces of
+// quant.py's codes, transposed within a block (int8 with each sign bit turned). Codes of inputs beyond the last mean nothing.
 struct Matrix {
     const void* weights;
-    const float* scales;
+    const uint16_t* scales;
+    const uint16_t* minimums;
     const float* bias;
     int32_t kind;
     int32_t outputs;
@@ -35,27 +51,27 @@ struct Matrix {
 };
 
 // Keys lie as [slot][Hkv][capacity / 16][D][16] and values as [slot][Hkv][D / 16, rounded up][capacity][16], so that
-// attention is two products with packed matrices: scores = keys * query, result = values * probabilities.
+// attention is two products with packed matrices: scores = keys * query, result = values * probabilities. Of kind int8 they
+// are codes (int8) with a scale for each position of each head, [slot][Hkv][capacity].
 struct Layer {
     Matrix qkv, out, gate, up, down;
     const float *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;  // null where there is none
-    float *keys, *values;
-    int64_t window;   // keys that a query sees, its own included; 0: all
-    int64_t rotates;  // whether queries and keys are rotated
+    void *keys, *values;
+    float *key_scales, *value_scales;  // null but for int8
+    int64_t window;                    // keys that a query sees, its own included; 0: all
+    int64_t rotates;                   // whether queries and keys are rotated
 };
 
 struct Model {
     int32_t vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, mlp_size, rotary_size;
-    int32_t activation, gated_mlp, layer_norm, embed_kind;
+    int32_t activation, gated_mlp, layer_norm, cache_kind;
     float norm_eps, attention_scale, attention_softcap, logit_softcap;  // a softcap of 0 is none
     float embedding_multiplier, residual_multiplier, logit_multiplier, unused;
-    const void* embed;          // (V, C), not packed; int8: (V, groups of 32 codes)
-    const float* embed_scales;  // (V, groups) for int8, else null
     const float* positions;  // (max_positions, C), added to the embeddings, or null
     const float *final_norm, *final_norm_bias;
     const Layer* layers;
     int64_t cache_capacity;  // positions of a slot, a multiple of 16
-    Matrix head;
+    Matrix embed, head;      // the same memory where they are tied; embed has no bias
 };
 
 // One call: token t goes to position positions[t] of slot slots[t]. Tokens of one slot come in the order of their positions.
@@ -69,12 +85,45 @@ struct Step {
 
 // ---- inside the library
 
-// Memory of one chunk of tokens; rows are padded to whole blocks of 16 numbers.
+// Rows quantised for products with int8 and int4: code, scale and sums of each group of 32 inputs.
+struct QuantRows {
+    signed char* codes;  // [row][G][32]; a number is about scale * code
+    float* scales;       // [row][G]
+    int32_t* offsets;    // [row][G], -128 * sum of the group's codes: what codes stored with 128 added bring in too much
+    float* sums;         // [row][G], scale * sum of the group's codes: what a minimum is multiplied by
+    int groups;
+};
+constexpr size_t kQuantBytes = 32 + 12;  // of one group
+
+// Rows that enter a product: as they are for weights of floats, quantised for int8 and int4.
+struct Inputs {
+    const float* x;
+    size_t stride;
+    QuantRows quantised;
+};
+
+// Memory of one chunk of tokens; rows are padded to whole groups of 32 numbers, zeros where something reads them.
 struct Scratch {
     float *hidden, *normed, *qkv, *attended, *gate, *up;  // one row a token
-    float* scores;                                        // one area a thread
-    size_t hidden_stride, qkv_stride, attended_stride, mlp_stride, scores_stride;
+    float *quantised, *mlp_quantised;                     // memory of QuantRows of what enters a product
+    float* attention;                                     // one area a thread
+    size_t hidden_stride, qkv_stride, attended_stride, mlp_stride, attention_stride;
 };
+
+// Numbers that one thread's attention needs.
+static inline size_t attention_floats(const Model& model) {
+    const size_t size = static_cast<size_t>(model.head_dim + kLanes - 1) / kLanes * kLanes;
+    return kMaxTileRows * (3 * size + kKeyBlock + 2);
+}
+
+// Where rows of `inputs` numbers lie in memory of kQuantBytes for each group.
+static inline QuantRows quant_rows(void* memory, int rows, int inputs) {
+    const int groups = (inputs + kQuantGroup - 1) / kQuantGroup;
+    const size_t count = static_cast<size_t>(rows) * groups;
+    signed char* codes = static_cast<signed char*>(memory);
+    float* numbers = reinterpret_cast<float*>(codes + count * kQuantGroup);
+    return {codes, numbers, reinterpret_cast<int32_t*>(numbers + count), numbers + 2 * count, groups};
+}
 
 struct Chunk {
     const Model* model;
@@ -89,8 +138,10 @@ struct Chunk {
 struct Kernels {
     const char* name;
     void (*run_chunk)(const Chunk& chunk, int thread);
+    // row `row` of x (rows, inputs) into `quantised`, for `multiply`
+    void (*quantise)(const float* x, int inputs, const QuantRows& quantised, int row);
     // y (rows, outputs) = x (rows, inputs) * matrix + bias, for the blocks first <= b < last
-    void (*multiply)(const Matrix& matrix, int first, int last, const float* x, size_t x_stride, int rows, float* y, size_t y_stride);
+    void (*multiply)(const Matrix& matrix, int first, int last, const Inputs& x, int rows, float* y, size_t y_stride);
 };
 
 extern const Kernels kBaselineKernels;

@@ -1,6 +1,6 @@
-// One thread's share of a chunk of tokens, through all layers. Included after kernels.inl, once for each instruction set.
+// One thread's share of a chunk of tokens, through all layers. Included after attention.inl, once for each instruction set.
 //
-// Work is divided by tokens (norms, rotation), by tokens and heads (attention) or by blocks of output rows (products). The
+// Work is divided by tokens (norms), by tokens and heads (rotation, attention) or by blocks of output rows (products). The
 // division decides who computes a number and never how, so the number of threads does not show in the results.
 
 namespace llmctl {
@@ -24,10 +24,13 @@ class Worker {
           scratch_(chunk.scratch),
           num_tokens_(static_cast<int>(chunk.step->num_tokens)),
           thread_(thread),
-          tokens_(share(num_tokens_, thread, chunk.num_threads)) {}
+          few_(num_tokens_ <= kFewTokens),
+          tokens_(share(num_tokens_, thread, chunk.num_threads)),
+          own_area_(few_ ? thread * kFewTokens : 0) {}
 
     void run() {
         for (int t = tokens_.first; t < tokens_.last; ++t) embed(t);
+        if (few_) wait();
         for (int i = 0; i < model_.num_layers; ++i) {
             const Layer& layer = model_.layers[i];
             attention(layer);
@@ -37,26 +40,32 @@ class Worker {
     }
 
    private:
-    void wait() const { chunk_.barrier(chunk_.pool); }
+    void wait() const {
+        if (chunk_.num_threads > 1) chunk_.barrier(chunk_.pool);
+    }
+
+    // What comes before a product, for each of `count` rows. Few rows are prepared by each thread for itself.
+    template <typename Do>
+    void prepare(int count, Do each) const {
+        const Range rows = few_ ? Range{0, count} : share(count, thread_, chunk_.num_threads);
+        for (int row = rows.first; row < rows.last; ++row) each(row);
+        if (!few_) wait();
+    }
 
     float* hidden(int t) const { return scratch_.hidden + t * scratch_.hidden_stride; }
-    float* normed(int t) const { return scratch_.normed + t * scratch_.hidden_stride; }
+    float* normed(int t) const { return scratch_.normed + (own_area_ + t) * scratch_.hidden_stride; }
     float* qkv(int t) const { return scratch_.qkv + t * scratch_.qkv_stride; }
 
+    // The rows that enter products with matrices of so many inputs, quantised: this thread's own where they are few.
+    QuantRows quantised(int inputs) const {
+        const size_t bytes = static_cast<size_t>(num_groups(inputs)) * kQuantBytes;
+        return quant_rows(reinterpret_cast<char*>(scratch_.quantised) + own_area_ * bytes, few_ ? kFewTokens : num_tokens_, inputs);
+    }
+
     void embed(int t) const {
-        const size_t size = static_cast<size_t>(model_.hidden_size), token = static_cast<size_t>(step_.tokens[t]);
+        const size_t size = static_cast<size_t>(model_.hidden_size);
         float* x = hidden(t);
-        if (model_.embed_kind == kFloat32) {
-            memcpy(x, static_cast<const float*>(model_.embed) + token * size, size * 4);
-        } else if (model_.embed_kind == kInt8) {
-            const size_t groups = (size + kQuantGroup - 1) / kQuantGroup;
-            const int8_t* codes = static_cast<const int8_t*>(model_.embed) + token * groups * kQuantGroup;
-            const float* scales = model_.embed_scales + token * groups;
-            for (size_t i = 0; i < size; ++i) x[i] = scales[i / kQuantGroup] * static_cast<float>(codes[i]);
-        } else {
-            const uint16_t* row = static_cast<const uint16_t*>(model_.embed) + token * size;
-            for (size_t i = 0; i < size; ++i) x[i] = from_bf16(row[i]);
-        }
+        row_of(model_.embed, static_cast<size_t>(step_.tokens[t]), x);
         if (model_.embedding_multiplier != 1.0f)
             for (size_t i = 0; i < size; ++i) x[i] *= model_.embedding_multiplier;
         if (model_.positions) {
@@ -73,122 +82,117 @@ class Worker {
     }
 
     // This thread's blocks of matrix * x, for all tokens.
-    void multiply(const Matrix& matrix, const float* x, size_t x_stride, Target target) const {
+    void multiply(const Matrix& matrix, const Inputs& x, const Target& target) const {
         const Range blocks = share(num_blocks(matrix.outputs), thread_, chunk_.num_threads);
-        product(matrix, blocks.first, blocks.last, x, x_stride, num_tokens_, target);
+        product(matrix, blocks.first, blocks.last, x, num_tokens_, target);
+    }
+
+    Target onto_hidden() const { return {scratch_.hidden, scratch_.hidden_stride, nullptr, 0, true, model_.residual_multiplier, false}; }
+
+    // Norms of the rows that token_of(row) names, quantised too where the next matrices are.
+    template <typename TokenOf>
+    Inputs norms(int count, bool for_quantised, const float* weight, const float* bias, TokenOf token_of) const {
+        const Inputs inputs{normed(0), scratch_.hidden_stride, quantised(model_.hidden_size)};
+        prepare(count, [&](int row) {
+            norm(hidden(token_of(row)), normed(row), weight, bias);
+            if (for_quantised) quantise(normed(row), model_.hidden_size, inputs.quantised, row);
+        });
+        return inputs;
     }
 
     void attention(const Layer& layer) const {
-        for (int t = tokens_.first; t < tokens_.last; ++t) norm(hidden(t), normed(t), layer.attn_norm, layer.attn_norm_bias);
+        const Inputs inputs = norms(num_tokens_, is_quantised(layer.qkv), layer.attn_norm, layer.attn_norm_bias, [](int row) { return row; });
+        multiply(layer.qkv, inputs, {scratch_.qkv, scratch_.qkv_stride, nullptr, 0, false, 1.0f, false});
         wait();
-        multiply(layer.qkv, scratch_.normed, scratch_.hidden_stride, {scratch_.qkv, scratch_.qkv_stride, nullptr, 0, false, 1.0f});
+        const Attention attention(model_, layer, step_);
+        const int num_rows = model_.num_heads + 2 * model_.num_kv_heads;  // of one token
+        const Range rows = share(num_tokens_ * num_rows, thread_, chunk_.num_threads);
+        for (int i = rows.first; i < rows.last; ++i) prepare_head(layer, attention, i / num_rows, i % num_rows);
         wait();
-        for (int t = tokens_.first; t < tokens_.last; ++t) {
-            prepare_heads(layer, t);
-            remember(layer, t);
-        }
+        attend(attention);
         wait();
-        const int num_items = num_tokens_ * model_.num_kv_heads;
-        for (int item = thread_; item < num_items; item += chunk_.num_threads) attend(layer, item / model_.num_kv_heads, item % model_.num_kv_heads);
-        wait();
-        multiply(layer.out, scratch_.attended, scratch_.attended_stride,
-                 {scratch_.hidden, scratch_.hidden_stride, nullptr, 0, true, model_.residual_multiplier});
+        const int size = model_.num_heads * model_.head_dim;
+        const Inputs attended{scratch_.attended, scratch_.attended_stride, quantised(size)};
+        if (is_quantised(layer.out))
+            prepare(num_tokens_, [&](int row) { quantise(attended.x + row * attended.stride, size, attended.quantised, row); });
+        multiply(layer.out, attended, onto_hidden());
         wait();
     }
 
-    // Norm and rotation of the token's query and key heads, in place.
-    void prepare_heads(const Layer& layer, int t) const {
-        const int size = model_.head_dim, half = model_.rotary_size / 2;
+    // Row `index` of the token's heads: a query or a key is normed and rotated in place, a key or a value goes into the cache.
+    void prepare_head(const Layer& layer, const Attention& attention, int t, int index) const {
+        const int size = model_.head_dim, half = model_.rotary_size / 2, num_heads = model_.num_heads;
+        float* head = qkv(t) + static_cast<size_t>(index) * size;
+        if (index >= num_heads + model_.num_kv_heads) {
+            attention.remember_value(t, index - num_heads - model_.num_kv_heads, head);
+            return;
+        }
+        const float* weight = index < num_heads ? layer.q_norm : layer.k_norm;
+        if (weight) rms_norm(head, weight, head, size, model_.norm_eps);
         const size_t angle = static_cast<size_t>(step_.positions[t]) * half;
-        for (int h = 0; h < model_.num_heads + model_.num_kv_heads; ++h) {
-            float* head = qkv(t) + static_cast<size_t>(h) * size;
-            const float* weight = h < model_.num_heads ? layer.q_norm : layer.k_norm;
-            if (weight) rms_norm(head, weight, head, size, model_.norm_eps);
-            if (layer.rotates) rotate(head, step_.cosines + angle, step_.sines + angle, half);
+        if (layer.rotates) rotate(head, step_.cosines + angle, step_.sines + angle, half);
+        if (index >= num_heads) attention.remember_key(t, index - num_heads, head);
+    }
+
+    // All threads take their turns over the runs of tokens and their heads.
+    void attend(const Attention& attention) const {
+        const int sharing = model_.num_heads / model_.num_kv_heads;
+        const int most_tokens = sharing >= kMaxTileRows ? 1 : kMaxTileRows / sharing;
+        // queries that share a key-value head go together, unless that would leave threads idle
+        const bool apart = num_tokens_ * model_.num_kv_heads < 4 * chunk_.num_threads && chunk_.num_threads > 1;
+        const int most_heads = apart ? 1 : sharing < kMaxTileRows ? sharing : kMaxTileRows;
+        int item = 0;
+        for (int first = 0, last; first < num_tokens_; first = last) {
+            for (last = first + 1; last < num_tokens_ && last - first < most_tokens && follows(last); ++last) {
+            }
+            for (int kv_head = 0; kv_head < model_.num_kv_heads; ++kv_head)
+                for (int head = 0; head < sharing; head += most_heads) {
+                    if (item++ % chunk_.num_threads != thread_) continue;
+                    const int end = head + most_heads < sharing ? head + most_heads : sharing;
+                    attention.attend({first, last}, kv_head, kv_head * sharing + head, kv_head * sharing + end, scratch_.qkv,
+                                     scratch_.qkv_stride, scratch_.attended, scratch_.attended_stride,
+                                     scratch_.attention + thread_ * scratch_.attention_stride);
+                }
         }
     }
 
-    float* keys_of(const Layer& layer, int t, int kv_head) const {
-        const size_t head = static_cast<size_t>(step_.slots[t]) * model_.num_kv_heads + kv_head;
-        return layer.keys + head * model_.cache_capacity * model_.head_dim;
-    }
-
-    float* values_of(const Layer& layer, int t, int kv_head) const {
-        const size_t head = static_cast<size_t>(step_.slots[t]) * model_.num_kv_heads + kv_head;
-        return layer.values + head * model_.cache_capacity * num_blocks(model_.head_dim) * kLanes;
-    }
-
-    // The token's keys and values into the cache.
-    void remember(const Layer& layer, int t) const {
-        const size_t size = static_cast<size_t>(model_.head_dim), position = static_cast<size_t>(step_.positions[t]);
-        const size_t capacity = static_cast<size_t>(model_.cache_capacity);
-        for (int h = 0; h < model_.num_kv_heads; ++h) {
-            const float* key = qkv(t) + (static_cast<size_t>(model_.num_heads) + h) * size;
-            const float* value = key + static_cast<size_t>(model_.num_kv_heads) * size;
-            float* keys = keys_of(layer, t, h) + position / kLanes * size * kLanes + position % kLanes;
-            float* values = values_of(layer, t, h) + position * kLanes;
-            for (size_t d = 0; d < size; ++d) keys[d * kLanes] = key[d];
-            for (size_t d = 0; d < size; ++d) values[d / kLanes * capacity * kLanes + d % kLanes] = value[d];
-        }
-    }
-
-    // The query heads of one token that share a key-value head.
-    void attend(const Layer& layer, int t, int kv_head) const {
-        const int size = model_.head_dim, num_queries = model_.num_heads / model_.num_kv_heads;
-        const int64_t position = step_.positions[t];
-        const int64_t seen = layer.window && position >= layer.window ? position - layer.window + 1 : 0;  // the first key
-        const int64_t first_block = seen / kLanes;
-        const int key_blocks = static_cast<int>(position / kLanes + 1 - first_block);
-        const int offset = static_cast<int>(seen - first_block * kLanes), count = static_cast<int>(position + 1 - seen);
-        const size_t stride = static_cast<size_t>(key_blocks) * kLanes;
-        const size_t heads = static_cast<size_t>(kv_head) * num_queries * size;
-        float* scores = scratch_.scores + thread_ * scratch_.scores_stride;
-        float* sums = scores + num_queries * stride;  // (num_queries,)
-        const size_t key_block = static_cast<size_t>(size) * kLanes;
-        const char* keys = reinterpret_cast<const char*>(keys_of(layer, t, kv_head) + first_block * key_block);
-        product<kFloat32>(Packed{keys, key_block * 4, size}, 0, key_blocks, qkv(t) + heads, size, num_queries,
-                          {scores, stride, nullptr, key_blocks * kLanes, false, 1.0f});
-        for (int r = 0; r < num_queries; ++r)
-            sums[r] = softmax(scores + r * stride + offset, count, model_.attention_scale, model_.attention_softcap);
-        const char* values = reinterpret_cast<const char*>(values_of(layer, t, kv_head) + seen * kLanes);
-        float* out = scratch_.attended + t * scratch_.attended_stride + heads;
-        product<kFloat32>(Packed{values, static_cast<size_t>(model_.cache_capacity) * kLanes * 4, count}, 0, num_blocks(size), scores + offset,
-                          stride, num_queries, {out, static_cast<size_t>(size), nullptr, size, false, 1.0f});
-        for (int r = 0; r < num_queries; ++r)
-            for (int d = 0; d < size; ++d) out[static_cast<size_t>(r) * size + d] *= sums[r];
-    }
+    // Whether token t goes on where the one before it ended.
+    bool follows(int t) const { return step_.slots[t] == step_.slots[t - 1] && step_.positions[t] == step_.positions[t - 1] + 1; }
 
     void mlp(const Layer& layer) const {
-        for (int t = tokens_.first; t < tokens_.last; ++t) norm(hidden(t), normed(t), layer.mlp_norm, layer.mlp_norm_bias);
-        wait();
-        multiply(layer.up, scratch_.normed, scratch_.hidden_stride, {scratch_.up, scratch_.mlp_stride, nullptr, 0, false, 1.0f});
-        if (model_.gated_mlp)
-            multiply(layer.gate, scratch_.normed, scratch_.hidden_stride, {scratch_.gate, scratch_.mlp_stride, nullptr, 0, false, 1.0f});
-        // the thread's own columns, so nobody is waited for
-        const Range blocks = share(num_blocks(model_.mlp_size), thread_, chunk_.num_threads);
-        const int end = blocks.last * kLanes < model_.mlp_size ? blocks.last * kLanes : model_.mlp_size;
-        const int whole = (end - blocks.first * kLanes + kLanes - 1) / kLanes * kLanes;
+        const bool any_quantised = is_quantised(layer.up) || (model_.gated_mlp && is_quantised(layer.gate));
+        const Inputs inputs = norms(num_tokens_, any_quantised, layer.mlp_norm, layer.mlp_norm_bias, [](int row) { return row; });
+        const QuantRows inner_quantised = quant_rows(scratch_.mlp_quantised, num_tokens_, model_.mlp_size);
         float* inner = model_.gated_mlp ? scratch_.gate : scratch_.up;
-        for (int t = 0; t < num_tokens_ && whole > 0; ++t) {
-            const size_t at = t * scratch_.mlp_stride + static_cast<size_t>(blocks.first) * kLanes;
-            activate(inner + at, model_.gated_mlp ? scratch_.up + at : nullptr, whole, model_.activation);
+        const size_t stride = scratch_.mlp_stride;
+        // a thread computes whole groups of 32 columns from the norms to the codes, a few at a time, and waits for nobody
+        const int all_blocks = num_blocks(model_.mlp_size), all_groups = num_groups(model_.mlp_size);
+        const Range groups = share(all_groups, thread_, chunk_.num_threads);
+        for (int group = groups.first; group < groups.last; group += kGroup / 2) {
+            const int stop = group + kGroup / 2 < groups.last ? group + kGroup / 2 : groups.last;
+            const int first = 2 * group, last = 2 * stop < all_blocks ? 2 * stop : all_blocks;
+            product(layer.up, first, last, inputs, num_tokens_, {scratch_.up, stride, nullptr, 0, false, 1.0f, false});
+            if (model_.gated_mlp) product(layer.gate, first, last, inputs, num_tokens_, {scratch_.gate, stride, nullptr, 0, false, 1.0f, false});
+            for (int t = 0; t < num_tokens_; ++t) {
+                const size_t at = t * stride + static_cast<size_t>(first) * kLanes;
+                activate(inner + at, model_.gated_mlp ? scratch_.up + at : nullptr, (last - first) * kLanes, model_.activation);
+                if (is_quantised(layer.down)) quantise_groups(inner + t * stride, model_.mlp_size, group, stop, inner_quantised, t);
+            }
         }
         wait();
-        multiply(layer.down, inner, scratch_.mlp_stride, {scratch_.hidden, scratch_.hidden_stride, nullptr, 0, true, model_.residual_multiplier});
+        multiply(layer.down, {inner, stride, inner_quantised}, onto_hidden());
         wait();
     }
 
     void logits() const {
-        int num_wanted = 0;
-        for (int t = 0; t < num_tokens_; ++t) {
-            if (!step_.wants_logits[t]) continue;
-            if (num_wanted % chunk_.num_threads == thread_) norm(hidden(t), normed(num_wanted), model_.final_norm, model_.final_norm_bias);
-            ++num_wanted;
-        }
-        wait();
+        int wanted[kChunk], num_wanted = 0;
+        for (int t = 0; t < num_tokens_; ++t)
+            if (step_.wants_logits[t]) wanted[num_wanted++] = t;
+        const Inputs inputs = norms(num_wanted, is_quantised(model_.head), model_.final_norm, model_.final_norm_bias,
+                                    [&](int row) { return wanted[row]; });
         const Range blocks = share(num_blocks(model_.vocab_size), thread_, chunk_.num_threads);
-        product(model_.head, blocks.first, blocks.last, scratch_.normed, scratch_.hidden_stride, num_wanted,
-                {step_.logits, static_cast<size_t>(model_.vocab_size), nullptr, 0, false, 1.0f});
+        product(model_.head, blocks.first, blocks.last, inputs, num_wanted,
+                {step_.logits, static_cast<size_t>(model_.vocab_size), nullptr, 0, false, 1.0f, false});
         const int first = blocks.first * kLanes;
         const int last = blocks.last * kLanes < model_.vocab_size ? blocks.last * kLanes : model_.vocab_size;
         for (int t = 0; t < num_wanted; ++t) {
@@ -204,17 +208,19 @@ class Worker {
     const Step& step_;
     const Scratch& scratch_;
     const int num_tokens_, thread_;
+    const bool few_;
     const Range tokens_;
+    const size_t own_area_;
 };
 
 void run_chunk(const Chunk& chunk, int thread) { Worker(chunk, thread).run(); }
 
-void multiply(const Matrix& matrix, int first, int last, const float* x, size_t x_stride, int rows, float* y, size_t y_stride) {
-    product(matrix, first, last, x, x_stride, rows, {y, y_stride, nullptr, 0, false, 1.0f});
+void multiply(const Matrix& matrix, int first, int last, const Inputs& x, int rows, float* y, size_t y_stride) {
+    product(matrix, first, last, x, rows, {y, y_stride, nullptr, 0, false, 1.0f, false});
 }
 
 }  // namespace
 
-const Kernels LLMCTL_KERNELS = {LLMCTL_ISA_NAME, run_chunk, multiply};
+const Kernels LLMCTL_KERNELS = {LLMCTL_ISA_NAME, run_chunk, quantise, multiply};
 
 }  // namespace llmctl

@@ -5,6 +5,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
+from typing import Literal
 
 import pytest
 
@@ -45,13 +46,13 @@ def test_both_executors_give_the_same_greedy_ids(model: Path) -> None:
 
 
 @needs_library
-def test_int8_weights_give_torchs_int8_ids(model: Path) -> None:
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+def test_quantised_weights_run_natively_and_a_text_does_not_depend_on_the_batch(model: Path, quant: Literal["int8", "int4"]) -> None:
     found = []
-    for executor in ("native", "torch"):
-        generator = Generator.open(model, device="cpu", executor=executor, threads=1, num_slots=2, quant="int8")
-        assert generator.executor_kind == executor
-        assert "int8 in float32 on cpu" in generator.description
-        found.append(answers(generator, temperature=0))
+    for threads, slots in ((1, 3), (2, 1)):
+        generator = Generator.open(model, device="cpu", executor="native", threads=threads, num_slots=slots, quant=quant)
+        assert f"{quant} in float32 on cpu" in generator.description
+        found.append(answers(generator, temperature=1.0))
     assert found[0] == found[1]
 
 
@@ -74,7 +75,7 @@ def test_the_description_says_what_runs(model: Path, monkeypatch: pytest.MonkeyP
 
 @pytest.mark.parametrize(
     ("options", "reason"),
-    [({"quant": "int4"}, "quantised"), ({"dtype": "float16"}, "float16"), ({"device": "cuda"}, "not on cuda")],
+    [({"quant": "int4", "dtype": "bfloat16"}, "quantised"), ({"dtype": "float16"}, "float16"), ({"device": "cuda"}, "not on cuda")],
 )
 def test_asking_for_the_native_executor_where_it_cannot_run_is_an_error(model: Path, options: dict[str, str], reason: str) -> None:
     with pytest.raises(UsageError, match=f"--executor native.*{reason}"):

@@ -5,7 +5,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -15,8 +15,10 @@ from llmctl.core.checkpoint import load_config, load_model, stored_arrays, store
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model import Decoder
 from llmctl.core.model.frequencies import angles
+from llmctl.core.native.cache import CacheDtype
 from llmctl.core.native.executor import NativeExecutor
-from llmctl.core.native.library import ISA_VARIABLE, KERNEL_NAMES, Unavailable, kernels, load
+from llmctl.core.native.library import ISA_VARIABLE, KERNEL_NAMES, Int4Matrix, Int8Matrix, Unavailable, kernels, load
+from llmctl.core.quant import layout_for, quantise
 from tests.core.model.families import reference_model
 
 
@@ -56,12 +58,26 @@ def native(
     num_threads: int = 1,
     num_slots: int = 4,
     capacity: int = 48,
+    quant: Literal["int8", "int4"] | None = None,
+    cache_dtype: CacheDtype | None = None,
 ) -> NativeExecutor:
-    """An executor with a cache."""
+    """An executor with a cache, of quantised weights if `quant` says so."""
+    tensors: dict[str, Any] = dict(arrays) if quant is None else {name: quantised(name, array, quant) for name, array in arrays.items()}
     turning = (lambda num_positions: angles(config, num_positions)) if config.positions == "rope" else None
-    executor = NativeExecutor(config, arrays, dtype=dtype, angles=turning, num_threads=num_threads)
+    executor = NativeExecutor(config, tensors, dtype=dtype, angles=turning, num_threads=num_threads, cache_dtype=cache_dtype)
     executor.reserve(num_slots=num_slots, capacity=capacity)
     return executor
+
+
+def quantised(name: str, array: NDArray[Any], quant: Literal["int8", "int4"]) -> Any:
+    """A tensor as a model of that layout holds it."""
+    layout = layout_for(name, array.shape, quant)
+    if layout is None:
+        return array
+    matrix = quantise(array, layout)
+    if matrix.minimums is None:
+        return Int8Matrix(matrix.codes, matrix.scales, matrix.num_columns)
+    return Int4Matrix(matrix.codes, matrix.scales, matrix.minimums, matrix.num_columns)
 
 
 def whole_text(executor: NativeExecutor, ids: NDArray[np.int64], *, slot: int = 0) -> NDArray[np.float32]:

@@ -1,6 +1,7 @@
 """The native executor against torch's decoder, and against itself: a text's bits do not depend on batch, chunks or threads."""
 
 import dataclasses
+import itertools
 from typing import Any
 
 import numpy as np
@@ -9,15 +10,23 @@ import torch
 from numpy.typing import NDArray
 
 from llmctl.core.infer.torch_executor import TorchExecutor
+from llmctl.core.model import Decoder
+from llmctl.core.native.cache import CacheDtype
 from llmctl.core.native.executor import NativeExecutor, supports
-from llmctl.core.native.library import from_bf16, to_bf16
+from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16, to_bf16
+from llmctl.core.quant import QuantMatrix, dequantise
 from tests.core.model.families import SETTINGS, VOCAB, random_tokens
-from tests.core.native.models import forced, loaded, native, runnable_kernels, whole_text
+from tests.core.native.models import forced, loaded, native, quantised, runnable_kernels, whole_text
 
 pytestmark = pytest.mark.skipif(not runnable_kernels(), reason="the native library was not built")
 
 MIXED = ["gpt2-tied", "llama-mqa-biases", "qwen2-window", "qwen3-tied-biases"]
 """Norms, positions, biases, windows, norms of queries and keys, heads that share and heads that do not."""
+
+
+def as_quant(matrix: Int8Matrix | Int4Matrix) -> QuantMatrix:
+    minimums = matrix.minimums if isinstance(matrix, Int4Matrix) else None
+    return QuantMatrix("int8" if minimums is None else "int4", matrix.codes, matrix.scales, minimums, matrix.num_columns)
 
 
 def text(num_tokens: int, *, seed: int = 1) -> NDArray[np.int64]:
@@ -59,8 +68,6 @@ def test_every_instruction_set_gives_torchs_logits(setting: str, name: str, monk
 
 @pytest.mark.parametrize("setting", MIXED)
 def test_soft_caps_and_multipliers_are_torchs(setting: str) -> None:
-    from llmctl.core.model import Decoder
-
     model, config, arrays = loaded(setting)
     changed = dataclasses.replace(
         config,
@@ -87,23 +94,21 @@ def test_bf16_weights_are_computed_with_as_their_float32_values(setting: str) ->
     ids = text(20)
     want = whole_text(native(config, widened), ids)
     for given in (rounded, arrays):
-        got = whole_text(native(config, given, dtype="bfloat16"), ids)
+        got = whole_text(native(config, given, dtype="bfloat16", cache_dtype="float32"), ids)
         assert np.abs(got - want).max() < 1e-5
     assert whole_text(native(config, rounded), ids).tobytes() == want.tobytes()
 
 
 @pytest.mark.parametrize("name", runnable_kernels())
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+@pytest.mark.parametrize("kind", ["float32", "bfloat16", "int8", "int4", "int8 cache"])
 @pytest.mark.parametrize("setting", MIXED)
 def test_a_text_is_the_same_bits_in_any_batch_any_chunks_and_any_threads(
-    setting: str, dtype: str, name: str, monkeypatch: pytest.MonkeyPatch
+    setting: str, kind: str, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     _, config, arrays = loaded(setting)
+    how: dict[str, Any] = {"quant": kind} if kind in ("int8", "int4") else {"cache_dtype": "int8"} if " " in kind else {"dtype": kind}
     with forced(name, monkeypatch):
-        executor, threaded = (
-            native(config, arrays, dtype=dtype, num_slots=8),
-            native(config, arrays, dtype=dtype, num_slots=8, num_threads=3),
-        )
+        executor, threaded = native(config, arrays, num_slots=8, **how), native(config, arrays, num_slots=8, num_threads=3, **how)
     texts = np.stack([text(37, seed=seed) for seed in range(8)])
     alone = [whole_text(executor, ids).tobytes() for ids in texts]
     for each, batches, widths in ((executor, (1, 3, 8), (1, 5, 16, 36)), (threaded, (3,), (16,))):
@@ -118,17 +123,48 @@ def test_a_text_is_the_same_bits_in_any_batch_any_chunks_and_any_threads(
             assert [row.tobytes() for row in np.concatenate(pieces, axis=1)] == alone[:3]
 
 
-def test_a_text_longer_than_the_librarys_own_chunk_is_one_text() -> None:
+@pytest.mark.parametrize("window", [None, 5, 100, 300])
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "int8"])
+def test_a_text_longer_than_the_librarys_own_chunks_and_blocks_of_keys_is_one_text(cache_dtype: CacheDtype, window: int | None) -> None:
     model, config, arrays = loaded("llama-gqa-tied")
-    longer = dataclasses.replace(config, max_positions=700)
-    executor = native(longer, arrays, capacity=700)
+    longer = dataclasses.replace(config, max_positions=700, windows=None if window is None else (window,) * config.num_layers)
+    decoder = Decoder(longer)
+    decoder.load_state_dict(model.state_dict())
+    executor = native(longer, arrays, capacity=700, cache_dtype=cache_dtype)
     tokens = random_tokens(1, 600)
     with torch.inference_mode():
-        want = model(tokens).numpy()[0]
+        want = decoder.eval()(tokens).numpy()[0]
     got = whole_text(executor, tokens[0].numpy())
-    assert np.abs(got - want).max() < 1e-4
-    halves = [executor.step(tokens[:, at : at + 300].numpy(), np.array([at]), np.array([1]), all_logits=True)[0] for at in (0, 300)]
-    assert np.concatenate(halves).tobytes() == got.tobytes()
+    limits: dict[CacheDtype, float] = {"float32": 1e-4, "float16": 1e-2, "int8": 0.15}  # of logits up to 5
+    assert np.abs(got - want).max() < limits[cache_dtype]
+    for cuts in ((0, 300, 600), (0, 1, 250, 258, 400, 401, 402, 600)):
+        parts = [
+            executor.step(tokens[:, at:to].numpy(), np.array([at]), np.array([1]), all_logits=True)[0]
+            for at, to in itertools.pairwise(cuts)
+        ]
+        assert np.concatenate(parts).tobytes() == got.tobytes()
+
+
+@pytest.mark.parametrize("name", runnable_kernels())
+@pytest.mark.parametrize("quant", ["int8", "int4"])
+@pytest.mark.parametrize("setting", MIXED)
+def test_quantised_models_are_torchs_but_for_what_rounding_their_inputs_costs(
+    setting: str, quant: Any, name: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model, config, arrays = loaded(setting)
+    decoder = Decoder(config)
+    rounded = {key: quantised(key, array, quant) for key, array in arrays.items()}
+    plain = {key: array if isinstance(array, np.ndarray) else dequantise(as_quant(array)) for key, array in rounded.items()}
+    names = model.state_dict().keys()
+    decoder.load_state_dict({key: torch.from_numpy(np.ascontiguousarray(plain[key])) for key in names})
+    tokens = random_tokens(1, 40)
+    with torch.inference_mode():
+        want = decoder.eval()(tokens).numpy()[0]
+    with forced(name, monkeypatch):
+        got = whole_text(native(config, arrays, quant=quant, num_threads=2), tokens[0].numpy())
+    error = np.abs(got - want)
+    assert error.max() < 0.06 * np.abs(want).max(), error.max() / np.abs(want).max()
+    assert np.sqrt((error**2).mean()) < 0.02 * np.sqrt((want**2).mean())
 
 
 @pytest.mark.parametrize("setting", MIXED)

@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from llmctl.core.native.library import BFLOAT16, FLOAT32, ISA_VARIABLE, Int8Matrix, Session, Unavailable, from_bf16, kernels, to_bf16
-from llmctl.core.quant import dequantise, quantise
+from llmctl.core.native.library import BFLOAT16, FLOAT32, ISA_VARIABLE, Session, Unavailable, from_bf16, kernels, to_bf16
 from tests.core.native.models import forced, runnable_kernels
 
 pytestmark = pytest.mark.skipif(not runnable_kernels(), reason="the native library was not built")
@@ -46,20 +45,6 @@ def test_a_row_is_the_same_bits_in_any_batch_and_for_any_number_of_threads(name:
             for first in (0, 13):
                 part = session.multiply(packed, x[first : first + num_rows])
                 assert part.tobytes() == whole[first : first + num_rows].tobytes()
-
-
-@pytest.mark.parametrize("name", runnable_kernels())
-def test_int8_products_are_those_of_the_dequantised_matrix_bit_for_bit(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    random = np.random.default_rng(5)
-    with forced(name, monkeypatch):
-        session = Session(2)
-    for outputs, inputs in SIZES:
-        matrices = [quantise(random.standard_normal((rows, inputs)), "int8") for rows in (outputs, 5)]
-        packed = session.pack_int8([Int8Matrix(matrix.codes, matrix.scales, inputs) for matrix in matrices])
-        plain = session.pack([dequantise(matrix) for matrix in matrices], kind=FLOAT32)
-        for num_rows in (1, 3, 8, 17):
-            x = random.standard_normal((num_rows, inputs)).astype(np.float32)
-            assert session.multiply(packed, x).tobytes() == session.multiply(plain, x).tobytes(), (outputs, inputs, num_rows)
 
 
 @pytest.mark.parametrize("name", runnable_kernels())

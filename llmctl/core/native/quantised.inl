@@ -1,0 +1,318 @@
+// Products with int8 and int4 matrices: rows quantised in groups of 32, sums of a group in whole numbers, then one fused
+// multiply and add a group. Whole numbers add up to the same in any order, so only the order of the groups counts: first to
+// last, for any number of rows. Included after products.inl.
+
+namespace llmctl {
+namespace {
+
+int num_groups(int inputs) { return (inputs + kQuantGroup - 1) / kQuantGroup; }
+
+// One group of 32 numbers. With a NaN or infinity in it, its scale is that and its codes are zero, so that every product
+// with the row becomes NaN; what no float16 scale could make count is zero.
+INLINE void quantise_group(const float* x, signed char* codes, float* scale, int32_t* offset, float* sum) {
+    constexpr int kVecs = kQuantGroup / kWidth;
+    BitVec most = (BitVec)load(x) & 0x7fffffffu;  // sizes compare as their bits do, and NaN is the largest
+    for (int i = 1; i < kVecs; ++i) {
+        const BitVec size = (BitVec)load(x + i * kWidth) & 0x7fffffffu;
+        most = size > most ? size : most;
+    }
+#if defined(__AVX512F__)
+    const uint32_t largest = _mm512_reduce_max_epu32((__m512i)most);
+#else
+    uint32_t largest = most[0];
+    for (int i = 1; i < kWidth; ++i) largest = most[i] > largest ? most[i] : largest;
+#endif
+    const float size = as_float(largest);
+    if (largest >= 0x7f800000u || size < 1e-30f) {
+        memset(codes, 0, kQuantGroup);
+        *scale = largest >= 0x7f800000u ? size : 0.0f;
+        *offset = 0;
+        *sum = 0.0f * *scale;
+        return;
+    }
+    const Vec steps = splat(127.0f / size), magic = splat(12582912.0f);  // 1.5 * 2^23 rounds to whole numbers
+    int32_t total = 0;
+#if defined(__AVX512F__)
+    IntVec all = splat_int(0);
+    for (int i = 0; i < kVecs; ++i) {
+        const IntVec code = (IntVec)((BitVec)(load(x + i * kWidth) * steps + magic) - (BitVec)magic);
+        all += code;
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * kWidth), _mm512_cvtepi32_epi8((__m512i)code));
+    }
+    total = _mm512_reduce_add_epi32((__m512i)all);
+#else
+    int32_t wide[kQuantGroup];
+    for (int i = 0; i < kVecs; ++i) {
+        const BitVec code = (BitVec)(load(x + i * kWidth) * steps + magic) - (BitVec)magic;
+        memcpy(wide + i * kWidth, &code, sizeof(code));
+    }
+    for (int i = 0; i < kQuantGroup; ++i) {
+        codes[i] = static_cast<signed char>(wide[i]);
+        total += wide[i];
+    }
+#endif
+    *scale = size / 127.0f;
+    *offset = -128 * total;
+    *sum = *scale * static_cast<float>(total);
+}
+
+// The groups first <= g < last of a row. What lies beyond the row's `inputs` numbers counts as zero.
+void quantise_groups(const float* x, int inputs, int first, int last, const QuantRows& rows, int row) {
+    for (int g = first; g < last; ++g) {
+        const size_t at = static_cast<size_t>(row) * rows.groups + g;
+        const int left = inputs - g * kQuantGroup;
+        const float* from = x + g * kQuantGroup;
+        float padded[kQuantGroup];
+        if (left < kQuantGroup) {
+            for (int i = 0; i < kQuantGroup; ++i) padded[i] = i < left ? from[i] : 0.0f;
+            from = padded;
+        }
+        quantise_group(from, rows.codes + at * kQuantGroup, rows.scales + at, rows.offsets + at, rows.sums + at);
+    }
+}
+
+void quantise(const float* x, int inputs, const QuantRows& rows, int row) { quantise_groups(x, inputs, 0, rows.groups, rows, row); }
+
+// Four input codes of a row, for every output.
+INLINE IntVec four_codes(const signed char* codes) {
+    int32_t four;
+    memcpy(&four, codes, 4);
+    return splat_int(four);
+}
+
+// What the integer kernels of this instruction set start from and add up. `Dot<Type>` holds the sums of one row of a group.
+#if defined(__AVX512F__)
+
+constexpr bool kAddsOffset = true;  // codes of int8 weights go in with 128 added
+INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) { return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x); }
+INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) { return dot_plain(sum, weights, x); }
+
+#elif defined(__AVX2__)
+
+constexpr bool kAddsOffset = false;  // pairs of products of 255 would not fit 16 bits
+INLINE IntVec pairs_added(IntVec sum, __m256i pairs) { return sum + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
+INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) { return pairs_added(sum, _mm256_maddubs_epi16((__m256i)weights, (__m256i)x)); }
+INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) {
+    const __m256i code = _mm256_xor_si256((__m256i)weights, _mm256_set1_epi8(-128));
+    return pairs_added(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)x, code)));
+}
+
+#else
+
+constexpr bool kAddsOffset = true;
+typedef int16_t Shorts __attribute__((vector_size(kWidth * 8)));
+typedef uint8_t Bytes __attribute__((vector_size(kWidth * 4)));
+typedef signed char SignedBytes __attribute__((vector_size(kWidth * 4)));
+INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) {
+    // 255 * 127 fits 16 bits, the sum of two such products does not
+    const Shorts product = __builtin_convertvector((Bytes)weights, Shorts) * __builtin_convertvector((SignedBytes)x, Shorts);
+    for (int i = 0; i < kWidth; ++i) sum[i] += product[4 * i] + product[4 * i + 1] + product[4 * i + 2] + product[4 * i + 3];
+    return sum;
+}
+INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) { return dot_plain(sum, weights, x); }
+
+#endif
+
+#if defined(__AVX512F__)
+constexpr int kMaxQuantRows = 6;
+constexpr int quant_blocks_for(int) { return 2; }
+#else
+constexpr int kMaxQuantRows = 2;
+constexpr int quant_blocks_for(int) { return 1; }
+#endif
+
+struct QuantPacked {
+    const char* weights;
+    const uint16_t *scales, *minimums;
+    int groups;
+};
+
+constexpr int kInt4Centred = 100;  // int4 whose minimums are -8 times the scales
+
+// `Blocks` blocks times `Rows` rows, the groups from first to last.
+template <int Type, int Blocks, int Rows>
+INLINE void quant_tile(const QuantPacked& matrix, int block, const QuantRows& x, int row, Vec (&sums)[Blocks][Rows][kParts]) {
+    constexpr int kUnits = Type == kInt8 ? 8 : 4;  // of 64 bytes, for a group
+    const size_t groups = static_cast<size_t>(matrix.groups), block_bytes = groups * kUnits * 64;
+    const char* weights = matrix.weights + block * block_bytes;
+    const uint16_t* scales = matrix.scales + block * groups * kLanes;
+    const uint16_t* minimums = Type == kInt4 ? matrix.minimums + block * groups * kLanes : nullptr;
+    const size_t first = static_cast<size_t>(row) * groups;
+    const signed char* codes = x.codes + first * kQuantGroup;
+    const float *x_scales = x.scales + first, *x_sums = x.sums + first;
+    const int32_t* offsets = x.offsets + first;
+    for (int b = 0; b < Blocks; ++b)
+        for (int r = 0; r < Rows; ++r)
+            for (int p = 0; p < kParts; ++p) sums[b][r][p] = splat(0.0f);
+    for (size_t g = 0; g < groups; ++g) {
+        IntVec whole[Blocks][Rows][kParts];
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            IntVec start = splat_int(0);
+            if (Type == kInt8 && kAddsOffset) start = splat_int(offsets[r * groups + g]);
+            if (Type == kInt4Centred) start = splat_int(offsets[r * groups + g] >> 4);  // -8 times the sum
+#pragma GCC unroll 4
+            for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+                for (int p = 0; p < kParts; ++p) whole[b][r][p] = start;
+        }
+#pragma GCC unroll 8
+        for (int unit = 0; unit < kUnits; ++unit) {
+            BitVec w[Blocks][kParts];
+#pragma GCC unroll 4
+            for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+                for (int p = 0; p < kParts; ++p) w[b][p] = load_bits(weights + b * block_bytes + (g * kUnits + unit) * 64 + p * kWidth * 4);
+            if (Type == kInt8) {
+#pragma GCC unroll 8
+                for (int r = 0; r < Rows; ++r) {
+                    const IntVec input = four_codes(codes + (r * groups + g) * kQuantGroup + unit * 4);
+#pragma GCC unroll 4
+                    for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+                        for (int p = 0; p < kParts; ++p) whole[b][r][p] = dot_signed(whole[b][r][p], w[b][p], input);
+                }
+            } else {
+                BitVec low[Blocks][kParts], high[Blocks][kParts];
+#pragma GCC unroll 4
+                for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+                    for (int p = 0; p < kParts; ++p) {
+                        low[b][p] = w[b][p] & 0x0f0f0f0fu;
+                        high[b][p] = w[b][p] >> 4 & 0x0f0f0f0fu;
+                    }
+#pragma GCC unroll 8
+                for (int r = 0; r < Rows; ++r) {
+                    const signed char* from = codes + (r * groups + g) * kQuantGroup + unit * 4;
+                    const IntVec input = four_codes(from), later = four_codes(from + 16);
+#pragma GCC unroll 4
+                    for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+                        for (int p = 0; p < kParts; ++p)
+                            whole[b][r][p] = dot_plain(dot_plain(whole[b][r][p], low[b][p], input), high[b][p], later);
+                }
+            }
+        }
+        Vec scale[Blocks][kParts], minimum[Blocks][kParts];
+#pragma GCC unroll 4
+        for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+            for (int p = 0; p < kParts; ++p) {
+                scale[b][p] = load_half(scales + (b * groups + g) * kLanes + p * kWidth);
+                if (Type == kInt4) minimum[b][p] = load_half(minimums + (b * groups + g) * kLanes + p * kWidth);
+            }
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const Vec x_scale = splat(x_scales[r * groups + g]);
+            const Vec x_sum = Type == kInt4 ? splat(x_sums[r * groups + g]) : x_scale;
+#pragma GCC unroll 4
+            for (int b = 0; b < Blocks; ++b)
+#pragma GCC unroll 4
+                for (int p = 0; p < kParts; ++p) {
+                    sums[b][r][p] = fma(to_floats(whole[b][r][p]), scale[b][p] * x_scale, sums[b][r][p]);
+                    if (Type == kInt4) sums[b][r][p] = fma(minimum[b][p], x_sum, sums[b][r][p]);
+                }
+        }
+    }
+}
+
+template <int Type, int Blocks, int Rows>
+void quant_blocks_by_rows(const QuantPacked& matrix, int block, const QuantRows& x, int row, const Target& target) {
+    Vec sums[Blocks][Rows][kParts];
+    quant_tile<Type, Blocks, Rows>(matrix, block, x, row, sums);
+    for (int b = 0; b < Blocks; ++b)
+        for (int r = 0; r < Rows; ++r) put(target, row + r, block + b, sums[b][r]);
+}
+
+template <int Type, int Rows>
+void quant_group_by_rows(const QuantPacked& matrix, int first, int last, const QuantRows& x, int row, const Target& target) {
+    constexpr int kBlocks = quant_blocks_for(Rows);
+    int block = first;
+    for (; block + kBlocks <= last; block += kBlocks) quant_blocks_by_rows<Type, kBlocks, Rows>(matrix, block, x, row, target);
+    for (; block < last; ++block) quant_blocks_by_rows<Type, 1, Rows>(matrix, block, x, row, target);
+}
+
+template <int Type, int Rows>
+struct QuantTail {
+    static void run(int left, const QuantPacked& matrix, int first, int last, const QuantRows& x, int row, const Target& target) {
+        if (left == Rows)
+            quant_group_by_rows<Type, Rows>(matrix, first, last, x, row, target);
+        else
+            QuantTail<Type, Rows - 1>::run(left, matrix, first, last, x, row, target);
+    }
+};
+
+template <int Type>
+struct QuantTail<Type, 0> {
+    static void run(int, const QuantPacked&, int, int, const QuantRows&, int, const Target&) {}
+};
+
+template <int Type>
+void quant_product(const QuantPacked& matrix, int first, int last, const QuantRows& x, int rows, const Target& target) {
+    for (int panel = 0; panel < rows; panel += kPanel) {
+        const int end = rows - panel < kPanel ? rows : panel + kPanel;
+        for (int block = first; block < last; block += kGroup) {
+            const int stop = last - block < kGroup ? last : block + kGroup;
+            int row = panel;
+            for (; row + kMaxQuantRows <= end; row += kMaxQuantRows)
+                quant_group_by_rows<Type, kMaxQuantRows>(matrix, block, stop, x, row, target);
+            QuantTail<Type, kMaxQuantRows - 1>::run(end - row, matrix, block, stop, x, row, target);
+        }
+    }
+}
+
+// The blocks first <= b < last of matrix * x, for `rows` rows of x, of any kind.
+void product(const Matrix& matrix, int first, int last, const Inputs& x, int rows, Target target) {
+    target.bias = matrix.bias;
+    target.outputs = matrix.outputs;
+    const char* weights = static_cast<const char*>(matrix.weights);
+    const size_t inputs = static_cast<size_t>(matrix.inputs);
+    const QuantPacked quantised{weights, matrix.scales, matrix.minimums, num_groups(matrix.inputs)};
+    if (matrix.kind == kFloat32)
+        product<kFloat32>(Packed{weights, inputs * kLanes * 4, matrix.inputs}, first, last, x.x, x.stride, rows, target);
+    else if (matrix.kind == kBfloat16)
+        product<kBfloat16>(Packed{weights, (inputs + 1) / 2 * kLanes * 4, matrix.inputs}, first, last, x.x, x.stride, rows, target);
+    else if (matrix.kind == kInt8)
+        quant_product<kInt8>(quantised, first, last, x.quantised, rows, target);
+    else if (matrix.minimums)
+        quant_product<kInt4>(quantised, first, last, x.quantised, rows, target);
+    else
+        quant_product<kInt4Centred>(quantised, first, last, x.quantised, rows, target);
+}
+
+bool is_quantised(const Matrix& matrix) { return matrix.kind == kInt8 || matrix.kind == kInt4; }
+
+// One row of a packed matrix, as floats. Codes are widened by scale * code, and that + minimum.
+void row_of(const Matrix& matrix, size_t row, float* y) {
+    const size_t block = row / kLanes, lane = row % kLanes, inputs = static_cast<size_t>(matrix.inputs);
+    if (matrix.kind == kFloat32) {
+        const float* from = static_cast<const float*>(matrix.weights) + block * inputs * kLanes + lane;
+        for (size_t k = 0; k < inputs; ++k) y[k] = from[k * kLanes];
+        return;
+    }
+    if (matrix.kind == kBfloat16) {
+        const uint16_t* from = static_cast<const uint16_t*>(matrix.weights) + block * ((inputs + 1) / 2) * 2 * kLanes + lane * 2;
+        for (size_t k = 0; k < inputs; ++k) y[k] = from_bf16(from[k / 2 * 2 * kLanes + k % 2]);
+        return;
+    }
+    const size_t groups = static_cast<size_t>(num_groups(matrix.inputs)), units = matrix.kind == kInt8 ? 8 : 4;
+    const uint8_t* from = static_cast<const uint8_t*>(matrix.weights) + block * groups * units * 64 + lane * 4;
+    for (size_t group = 0; group < groups; ++group) {
+        const size_t at = (block * groups + group) * kLanes + lane, left = inputs - group * kQuantGroup;
+        const float scale = from_half(matrix.scales[at]);
+        const float minimum = matrix.kind == kInt8 ? 0.0f : matrix.minimums ? from_half(matrix.minimums[at]) : -8.0f * scale;
+        const uint8_t* unit = from + group * units * 64;
+        float* out = y + group * kQuantGroup;
+        for (size_t i = 0; i < (left < kQuantGroup ? left : kQuantGroup); ++i) {
+            if (matrix.kind == kInt8) {
+                out[i] = scale * static_cast<float>(unit[i / 4 * 64 + i % 4] - 128);
+            } else {
+                const int both = unit[i % 16 / 4 * 64 + i % 4];
+                out[i] = scale * static_cast<float>(i < 16 ? both & 15 : both >> 4) + minimum;
+            }
+        }
+    }
+}
+
+}  // namespace
+}  // namespace llmctl
