@@ -14,6 +14,7 @@ from llmctl.core.train.events import (
     Event,
     Finished,
     Planned,
+    Profiled,
     Resumed,
     RowsRead,
     RowsReading,
@@ -76,7 +77,18 @@ def step_line(done: StepDone, num_steps: int) -> str:
 def eval_line(done: EvalDone) -> str:
     """An evaluation as a line."""
     bits = f", {done.bits_per_byte:.4f} bits/byte" if done.bits_per_byte is not None else ""
-    return f"step {done.step}  held-out loss {done.loss:.4f}{bits}  ({done.num_tokens:,} tokens, {done.elapsed_s:.1f} s)"
+    which = " of the averaged weights" if done.averaged else ""
+    return f"step {done.step}  held-out loss{which} {done.loss:.4f}{bits}  ({done.num_tokens:,} tokens, {done.elapsed_s:.1f} s)"
+
+
+def profile_line(done: Profiled) -> str:
+    """Where the time went, as a line."""
+    total = sum(done.seconds.values())
+    parts = ", ".join(f"{name} {seconds / total:.1%}" for name, seconds in done.seconds.items() if seconds >= 0.0005 * total)
+    return (
+        f"profile    of {counted(done.num_steps, 'step')}: {parts}; a step takes {done.step_s:.3f} s, {done.step_peak_share:.0%} of the"
+        f" matmul peak ({done.path})"
+    )
 
 
 def rows_line(rows: RowsRead) -> str:
@@ -99,6 +111,8 @@ def other_line(event: Event) -> str | None:
         return eval_line(event)
     if isinstance(event, CheckpointSaved):
         return f"step {event.step}  saved {event.path} ({num_bytes(event.num_bytes)}, {event.elapsed_s:.1f} s)"
+    if isinstance(event, Profiled):
+        return profile_line(event)
     if isinstance(event, SampleDrawn):
         return f"step {event.step}  sample: {' '.join(event.text.split())}"
     if isinstance(event, Finished):
@@ -188,7 +202,7 @@ class _LiveView:
             self._held_out = eval_line(event)
         elif isinstance(event, SampleDrawn):
             self._sample = " ".join(event.text.split())
-        if isinstance(event, EvalDone | SampleDrawn | Resumed | RowsRead | Finished):
+        if isinstance(event, EvalDone | SampleDrawn | Resumed | RowsRead | Profiled | Finished):
             self._console.print(Text(other_line(event) or ""))
         lines = [Text(t, overflow="ellipsis", no_wrap=True) for t in (self._numbers, self._held_out) if t]
         self._live.update(Group(self._bar, *lines, *([Text(self._sample, style="dim")] if self._sample else [])))

@@ -77,6 +77,23 @@ class PretrainConfig:
     decay_fraction: float = option(0.2, "wsd: the part of the steps over which the rate falls.", above=0, maximum=1, panel=_OPTIM)
     final_lr_fraction: float = option(0.0, "Learning rate at the end, as a part of the peak.", minimum=0, maximum=1, panel=_OPTIM)
 
+    label_smoothing: float = option(
+        0.0, "Train towards 1 - X for the next token and X spread over the vocabulary.", minimum=0, below=1, panel=_OPTIM
+    )
+    z_loss: float = option(
+        0.0, "Add X times the square of log softmax's denominator to each token's loss; 1e-4 is usual.", minimum=0, panel=_OPTIM
+    )
+    dropout: float = option(
+        0.0, "Leave out this part of the embeddings and of what each layer adds, for small data.", minimum=0, below=1, panel=_OPTIM
+    )
+    ema: float = option(
+        0.0,
+        "Decay of a moving average of the weights, which is evaluated too and lies in ema/ of the last checkpoint; 0 keeps none.",
+        minimum=0,
+        below=1,
+        panel=_OPTIM,
+    )
+
     eval_every: int | None = option(
         None, "Steps between evaluations; 0 evaluates at the end only. [default: a tenth of the run]", minimum=0, panel=_RUN
     )
@@ -98,6 +115,12 @@ class PretrainConfig:
     auto_resume: bool = option(False, "Go on if there is a checkpoint, otherwise start afresh and say so.", panel=_RUN)
     allow_change: tuple[str, ...] = option((), "A setting that may differ from the resumed run's.", metavar="KEY", panel=_RUN)
     nonfinite: str = option("stop", "On a loss or gradient that is not finite: stop, or skip:K to leave out up to K steps.", panel=_RUN)
+    on_spike: str = option(
+        "ignore",
+        "On a loss far above the last ones: ignore it, or rewind to the last checkpoint and leave out the data since.",
+        choices=("ignore", "rewind"),
+        panel=_RUN,
+    )
     on_full: str = option(
         "fail", "When the disk is full at a save: fail, or wait for room and try again.", choices=("fail", "wait"), panel=_RUN
     )
@@ -107,6 +130,16 @@ class PretrainConfig:
     dtype: str = option(
         "auto", "Arithmetic; float32 masters are kept either way.", "--precision", choices=("auto", "bf16", "f32"), panel=_MACHINE
     )
+    gradient_checkpointing: bool = option(
+        False, "Keep less for the backward pass and compute it a second time: less memory, about a third more time.", panel=_MACHINE
+    )
+    compile: str = option(
+        "auto",
+        "torch.compile of the layers. auto: on an accelerator, when the run is expected to take at least 10 minutes.",
+        choices=("auto", "on", "off"),
+        panel=_MACHINE,
+    )
+    profile: bool = option(False, "Write where the time of a step goes into profile.json, and tell it at the end.", panel=_MACHINE)
     threads: int | None = option(None, "CPU threads. [default: as torch chooses]", minimum=1, maximum=1024, panel=_MACHINE)
 
     def __post_init__(self) -> None:

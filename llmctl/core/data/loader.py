@@ -43,11 +43,15 @@ class Sample:
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows of samples: `tokens` (B, T) and `targets` (B, T), int64 tensors; lengths per row, or None."""
+    """Rows of samples: `tokens` (B, T) and `targets` (B, T), int64 tensors; lengths per row, or None.
+
+    Row r is the global sample `first_sample` + r.
+    """
 
     tokens: "torch.Tensor"
     targets: "torch.Tensor"
     document_lengths: tuple[tuple[int, ...], ...] | None = None
+    first_sample: int = 0
 
 
 class SampleSource(Protocol):
@@ -200,11 +204,12 @@ class _Rows:
     tokens: Ids
     targets: Ids
     document_lengths: tuple[tuple[int, ...], ...] | None
+    first_sample: int
 
     def to_batch(self) -> Batch:
         import torch
 
-        return Batch(torch.from_numpy(self.tokens), torch.from_numpy(self.targets), self.document_lengths)
+        return Batch(torch.from_numpy(self.tokens), torch.from_numpy(self.targets), self.document_lengths, self.first_sample)
 
 
 def _rows_at(source: SampleSource, first_index: int, num_rows: int) -> _Rows:
@@ -212,7 +217,7 @@ def _rows_at(source: SampleSource, first_index: int, num_rows: int) -> _Rows:
     lengths = tuple(s.document_lengths for s in samples if s.document_lengths is not None)
     if len(lengths) not in (0, num_rows):
         raise ValueError("some samples of a source have document lengths and some have not")
-    return _Rows(np.stack([s.tokens for s in samples]), np.stack([s.targets for s in samples]), lengths or None)
+    return _Rows(np.stack([s.tokens for s in samples]), np.stack([s.targets for s in samples]), lengths or None, first_index)
 
 
 def batch_at(source: SampleSource, first_index: int, num_rows: int) -> Batch:

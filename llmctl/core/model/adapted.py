@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.cache import KVCache
 from llmctl.core.model.decoder import Decoder
+from llmctl.core.model.dropout import Dropout
 
 _DIGITS, _BASE = 4, 256
 """bf16 and float16 hold every whole number up to 256."""
@@ -89,13 +90,14 @@ class AdaptedModel(Decoder):
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         document_lengths: Sequence[Sequence[int]] | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """What `logits` makes logits of, (B, T, C): hidden states, or the logits themselves where the two cannot be told apart.
 
         As `Decoder.hidden`, but without a cache positions are counted from 0, and there are no documents within a row.
         """
-        if document_lengths is not None:
-            raise ValueError("a model that runs through transformers takes no documents within a row")
+        if document_lengths is not None or dropout is not None:
+            raise ValueError("a model that runs through transformers takes no documents within a row, and no dropout")
         if cache is None:
             if positions is not None and not torch.equal(positions.cpu(), torch.arange(tokens.shape[1]).expand_as(positions)):
                 raise ValueError("without a cache, a model that runs through transformers takes positions from 0 on")

@@ -13,10 +13,12 @@ from collections.abc import Sequence
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.attention import Pattern
 from llmctl.core.model.cache import KVCache, Place
+from llmctl.core.model.dropout import Dropout
 from llmctl.core.model.kernels import Lookup
 from llmctl.core.model.layers import Layer, Norm
 from llmctl.core.model.rope import Rope
@@ -90,6 +92,8 @@ class Decoder(nn.Module):
         self.final_norm = Norm(config.hidden_size, config)
         self.head = Head(config)
         self._ropes, self._rope_of = _rotations(config)
+        self.recomputes = False
+        """Whether training keeps the layers' inputs only and computes the rest a second time (Chen et al. 2016)."""
 
     @property
     def head_weight(self) -> Tensor:
@@ -135,14 +139,15 @@ class Decoder(nn.Module):
         cache: KVCache | None = None,
         slots: Tensor | None = None,
         document_lengths: Sequence[Sequence[int]] | None = None,
+        dropout: Dropout | None = None,
     ) -> Tensor:
         """Hidden states after the final norm, (B, T, C), of `tokens` (B, T).
 
         `positions` (B, T), on the CPU, defaults to counting on from what the cache holds, from 0 without one, and from 0
         in each document. With a `cache`, row b goes on with the text of slot `slots[b]` (distinct; default row number),
         keys and values are stored, and a position of -1 marks padding: not stored, its output meaningless.
-        `document_lengths`, one tuple a row, each adding up to T, keeps attention within documents. Raises ValueError
-        for a position beyond the cache or, with absolute positions, beyond the table.
+        `document_lengths`, one tuple a row, each adding up to T, keeps attention within documents. `dropout` is for
+        training. Raises ValueError for a position beyond the cache or, with absolute positions, beyond the table.
         """
         batch, num_tokens = tokens.shape
         place = None
@@ -169,8 +174,15 @@ class Decoder(nn.Module):
                 raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_positions} that the model has")
             x = x + self.positions(positions.clamp(min=0).to(x.device))
         angles = [rope.cos_sin(positions, dtype=x.dtype, device=x.device) for rope in self._ropes]
+        if dropout is not None:
+            x = dropout(x, 2 * self.config.num_layers)
         for layer, rope in zip(self.layers, self._rope_of, strict=True):
-            x = layer(x, None if rope is None else angles[rope], pattern, cache, place)
+            inputs = (x, None if rope is None else angles[rope], pattern, cache, place, dropout)
+            if self.recomputes and cache is None and torch.is_grad_enabled():
+                # dropout is a pure function, so that no generator's state need be kept
+                x = checkpoint(layer, *inputs, use_reentrant=False, preserve_rng_state=False)
+            else:
+                x = layer(*inputs)
         if cache is not None and slots is not None:
             last = positions.amax(dim=1)
             cache.lengths[slots] = torch.where(last >= 0, last + 1, cache.lengths[slots])

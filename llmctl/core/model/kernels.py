@@ -12,6 +12,11 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 
+def run_here(x: Tensor) -> bool:
+    """Whether these run on `x`: in training on a CPU, unless torch.compile fuses the plain formulas by itself."""
+    return x.device.type == "cpu" and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+
+
 class RmsNorm(torch.autograd.Function):
     """x / rms(x) * weight over the last dimension, as `F.rms_norm`.
 

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.attention import Pattern, attend
 from llmctl.core.model.cache import KVCache, Place
-from llmctl.core.model.kernels import RmsNorm
+from llmctl.core.model.dropout import Dropout
+from llmctl.core.model.kernels import RmsNorm, run_here
 from llmctl.core.model.mlp import Mlp
 from llmctl.core.model.moe import RoutedMlp
 from llmctl.core.model.rope import rotate
@@ -45,7 +46,7 @@ def _wide(x: Tensor) -> torch.dtype:
 
 
 def _rms_norm(x: Tensor, weight: Tensor, eps: float) -> Tensor:
-    if x.device.type == "cpu" and torch.is_grad_enabled():
+    if run_here(x):
         normed: Tensor = RmsNorm.apply(x, weight, eps)  # type: ignore[no-untyped-call]
         return normed
     return F.rms_norm(x, weight.shape, weight, eps)
@@ -99,7 +100,7 @@ class Layer(nn.Module):
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
-        self._multiplier, self._parallel = config.residual_multiplier, config.parallel_residual
+        self._multiplier, self._parallel, self._number = config.residual_multiplier, config.parallel_residual, layer
         self.attn_norm = Norm(config.hidden_size, config) if config.pre_norms else None
         self.attn = Attention(config, layer)
         self.attn_post_norm = Norm(config.hidden_size, config) if config.post_norms else None
@@ -107,14 +108,25 @@ class Layer(nn.Module):
         self.mlp = RoutedMlp(config) if config.routes(layer) else Mlp(config)
         self.mlp_post_norm = Norm(config.hidden_size, config) if config.post_norms else None
 
-    def forward(self, x: Tensor, angles: Angles | None, pattern: Pattern, cache: KVCache | None, place: Place | None) -> Tensor:
-        """(B, T, C) -> (B, T, C)."""
+    def forward(
+        self,
+        x: Tensor,
+        angles: Angles | None,
+        pattern: Pattern,
+        cache: KVCache | None = None,
+        place: Place | None = None,
+        dropout: Dropout | None = None,
+    ) -> Tensor:
+        """(B, T, C) -> (B, T, C). `dropout` falls on what attention and feed-forward add."""
         attended = self.attn(_through(self.attn_norm, x), angles, pattern, cache, place)
         attended = _through(self.attn_post_norm, attended)
-        if self._parallel:
-            return self._add(self._add(x, attended), _through(self.mlp_post_norm, self.mlp(_through(self.mlp_norm, x))))
-        x = self._add(x, attended)
-        return self._add(x, _through(self.mlp_post_norm, self.mlp(_through(self.mlp_norm, x))))
+        if dropout is not None:
+            attended = dropout(attended, 2 * self._number)
+        after = self._add(x, attended)
+        inner = _through(self.mlp_post_norm, self.mlp(_through(self.mlp_norm, x if self._parallel else after)))
+        if dropout is not None:
+            inner = dropout(inner, 2 * self._number + 1)
+        return self._add(after, inner)
 
     def _add(self, x: Tensor, y: Tensor) -> Tensor:
         return x + y if self._multiplier == 1.0 else x + y * self._multiplier

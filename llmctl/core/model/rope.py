@@ -9,7 +9,7 @@ from torch import Tensor
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.frequencies import frequencies_from_powers, rope_base
-from llmctl.core.model.kernels import Rotate
+from llmctl.core.model.kernels import Rotate, run_here
 
 
 def inverse_frequencies(config: ModelConfig, *, num_positions: int | None = None) -> tuple[Tensor, float]:
@@ -77,7 +77,7 @@ class Rope:
 
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Rotate the first R dimensions of `x` (B, H, T, D) by the angles of `cos`, `sin` (B or 1, 1, T, R/2)."""
-    if x.device.type == "cpu" and torch.is_grad_enabled():
+    if run_here(x):
         rotated: Tensor = Rotate.apply(x, cos, sin)  # type: ignore[no-untyped-call]
         return rotated
     half = cos.shape[-1]

@@ -108,6 +108,8 @@ class EvalDone:
     num_tokens: int
     num_bytes: int | None
     elapsed_s: float
+    averaged: bool = False
+    """Whether it is the loss of the weights' moving average rather than of the weights."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +129,25 @@ class CheckpointSaved:
     path: str
     num_bytes: int
     elapsed_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class Profiled:
+    """Where the time of the measured steps went; the same and more is in the file `path`."""
+
+    num_steps: int
+    elapsed_s: float
+    """All of the measured time, evaluations and saving included."""
+    step_s: float
+    """Data, forward, backward, optimizer and logging of one step."""
+    seconds: dict[str, float]
+    """By phase, over all measured steps; what no phase covers is "other"."""
+    matmul_peak_flops: float
+    step_peak_share: float
+    """FLOP/s of the model's arithmetic within steps, as a part of the measured matmul peak."""
+    run_peak_share: float
+    """The same over all of the measured time."""
+    path: str
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -150,4 +171,4 @@ class Finished:
     path: str
 
 
-Event = Planned | RowsReading | RowsRead | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Warned | Finished
+Event = Planned | RowsReading | RowsRead | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Profiled | Warned | Finished

@@ -36,6 +36,8 @@ class LoopConfig:
     sample_every: int = 0
     keep_last: int = 2
     nonfinite_skips: int = 0
+    on_spike: Literal["ignore", "rewind"] = "ignore"
+    profile: bool = False
     on_full: Literal["fail", "wait"] = "fail"
 
 
@@ -68,6 +70,7 @@ class TrainJob:
     """Gives (prompt, text) from the model as it is at a step."""
     resume: Checkpoint | None = None
     allow_change: tuple[str, ...] = ()
+    compile: Literal["auto", "on", "off"] = "off"
     flops_per_token: float = 0.0
     matmul_peak: float = math.inf
     threads: int = field(default_factory=torch.get_num_threads)

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmctl.core.data.loader import IGNORE, Batch
 from llmctl.core.model import Decoder
+from llmctl.core.model.dropout import Dropout
 
 _MATMUL_ROWS = 1024
 """Rows whose logits exist at once, in the compute dtype."""
@@ -30,9 +31,32 @@ class Objective(Protocol):
         ...
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
+class Penalty:
+    """What is added to the cross-entropy of a token, so that the loss in training is not that of an evaluation.
+
+    `label_smoothing` E trains towards 1 - E for the target and E spread over the whole vocabulary, as torch's (Szegedy et
+    al. 2016). `z_loss` adds so many times the square of the log of softmax's denominator (PaLM, Chowdhery et al. 2022,
+    section 5), which keeps logits from drifting.
+    """
+
+    label_smoothing: float = 0.0
+    z_loss: float = 0.0
+
+
+NO_PENALTY = Penalty()
+
+
+@dataclass(frozen=True, kw_only=True)
 class NextToken:
-    """Cross-entropy of the next token, in nats, over the targets that are not IGNORE."""
+    """Cross-entropy of the next token, in nats, over the targets that are not IGNORE; see Penalty for what may be added.
+
+    `dropout` leaves out that part of what each layer adds, by `seed` and the number of the sample.
+    """
+
+    penalty: Penalty = NO_PENALTY
+    dropout: float = 0.0
+    seed: int = 0
 
     def weight_of(self, batch: Batch) -> float:
         """Number of targets with a loss."""
@@ -40,11 +64,23 @@ class NextToken:
 
     def loss(self, model: Decoder, batch: Batch, *, total_weight: float) -> Tensor:
         """Sum of the token losses over `total_weight`."""
-        hidden = model.hidden(batch.tokens, document_lengths=batch.document_lengths)  # (B, T, C)
-        return head_loss(model, hidden, batch.targets, scale=1.0 / total_weight)
+        samples = range(batch.first_sample, batch.first_sample + batch.tokens.size(0))
+        dropout = Dropout(self.dropout, seed=self.seed, samples=samples) if self.dropout else None
+        hidden = model.hidden(batch.tokens, document_lengths=batch.document_lengths, dropout=dropout)  # (B, T, C)
+        return head_loss(model, hidden, batch.targets, scale=1.0 / total_weight, penalty=self.penalty)
 
 
-def head_loss(model: Decoder, hidden: Tensor, targets: Tensor, *, scale: float) -> Tensor:
+@dataclass(frozen=True)
+class Head:
+    """The output head's arithmetic: softcap(multiplier * (h W^T + b))."""
+
+    weight: Tensor
+    bias: Tensor | None
+    multiplier: float
+    softcap: float | None
+
+
+def head_loss(model: Decoder, hidden: Tensor, targets: Tensor, *, scale: float, penalty: Penalty = NO_PENALTY) -> Tensor:
     """`scale` times the summed cross-entropy of `targets` (any shape, IGNORE = none) under the model's head.
 
     Rows without a target do not reach the head: with masked prompts they are half of them, and the head a fifth of the work.
@@ -56,19 +92,9 @@ def head_loss(model: Decoder, hidden: Tensor, targets: Tensor, *, scale: float) 
         places = counted.nonzero().squeeze(1)
         rows, flat = rows.index_select(0, places), flat.index_select(0, places)
     result: Tensor = _ChunkedCrossEntropy.apply(  # type: ignore[no-untyped-call]
-        rows, head.weight, head.bias, flat, head.multiplier, head.softcap, scale
+        rows, head.weight, head.bias, flat, head, scale, penalty
     )
     return result
-
-
-@dataclass(frozen=True)
-class Head:
-    """The output head's arithmetic: softcap(multiplier * (h W^T + b))."""
-
-    weight: Tensor
-    bias: Tensor | None
-    multiplier: float
-    softcap: float | None
 
 
 @torch.no_grad()
@@ -120,9 +146,9 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor | None,
         targets: Tensor,
-        multiplier: float,
-        softcap: float | None,
+        head: Head,
         scale: float,
+        penalty: Penalty,
     ) -> Tensor:
         wide = torch.promote_types(rows.dtype, torch.float32)
         total = torch.zeros((), dtype=wide, device=rows.device)
@@ -136,17 +162,19 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
             for offset in range(0, logits.size(0), _SCRATCH_ROWS):
                 part = logits[offset : offset + _SCRATCH_ROWS]
                 first = start + offset
-                loss = _loss_and_gradient(part, targets[first : first + part.size(0)], multiplier, softcap, scale, wide)
-                total += loss
+                total += _loss_and_gradient(part, targets[first : first + part.size(0)], head, penalty)
             torch.mm(logits, weight, out=grad_rows[start : start + _MATMUL_ROWS])
-            if grad_weight is not None:
+            if grad_weight is not None and piece.dtype == wide:
+                grad_weight.addmm_(logits.mT, piece)
+            elif grad_weight is not None:
                 grad_weight += logits.mT @ piece
             if grad_bias is not None:
                 grad_bias += logits.sum(0, dtype=wide)
+        factor = scale * head.multiplier
         ctx.gradients = (
-            grad_rows,
-            grad_weight.to(weight.dtype) if grad_weight is not None else None,
-            grad_bias.to(bias.dtype) if grad_bias is not None and bias is not None else None,
+            grad_rows.mul_(factor),
+            grad_weight.mul_(factor).to(weight.dtype) if grad_weight is not None else None,
+            grad_bias.mul_(factor).to(bias.dtype) if grad_bias is not None and bias is not None else None,
         )
         return total * scale
 
@@ -160,23 +188,37 @@ class _ChunkedCrossEntropy(torch.autograd.Function):
         return (*gradients, None, None, None, None)
 
 
-def _loss_and_gradient(part: Tensor, targets: Tensor, multiplier: float, softcap: float | None, scale: float, wide: torch.dtype) -> Tensor:
-    """Summed loss of a few rows; `part`, their logits before multiplier and soft-cap, becomes `scale` times its gradient."""
-    z = _shape_logits(part.to(wide, copy=True), multiplier, softcap)
-    counted = targets != IGNORE
-    column = targets.clamp(min=0).unsqueeze(1)
-    slope = (1.0 - (z / softcap).square_()) if softcap is not None else None
-    chosen = z.gather(1, column).squeeze(1)
+def _loss_and_gradient(part: Tensor, targets: Tensor, head: Head, penalty: Penalty) -> Tensor:
+    """Summed loss of a few rows whose `targets` (R,) are all counted.
+
+    `part`, their logits before multiplier and soft-cap, becomes the gradient but for a factor that the caller applies to
+    what it multiplies with it, which is smaller.
+    """
+    wide = torch.promote_types(part.dtype, torch.float32)
+    in_place = part.dtype == wide  # the logits are their own scratch
+    z = _shape_logits(part if in_place else part.to(wide), head.multiplier, head.softcap)
+    smoothing, column = penalty.label_smoothing, targets.unsqueeze(1)
+    slope = 1.0 - (z / head.softcap).square_() if head.softcap is not None else None
+    pull = z.gather(1, column).squeeze(1)  # what the targets pull on
+    if smoothing:
+        pull = pull.mul_(1.0 - smoothing).add_(z.mean(1), alpha=smoothing)
     peak = z.amax(1, keepdim=True)
     z.sub_(peak).exp_()
     norm = z.sum(1, keepdim=True)
-    losses = torch.where(counted, norm.squeeze(1).log() + peak.squeeze(1) - chosen, 0.0)
-    weight = counted.to(wide).mul_(scale * multiplier).unsqueeze(1)
-    z.mul_(weight / norm)
-    z.scatter_add_(1, column, -weight)
+    log_norm = norm.log().add_(peak)  # (R, 1)
+    losses = log_norm.squeeze(1) - pull
+    push = norm.reciprocal_()
+    if penalty.z_loss:
+        losses.add_(log_norm.squeeze(1).square(), alpha=penalty.z_loss)
+        push.mul_(log_norm.mul_(2.0 * penalty.z_loss).add_(1.0))
+    z.mul_(push)
+    if smoothing:
+        z.sub_(smoothing / z.size(1))
+    z.scatter_add_(1, column, torch.full_like(push, smoothing - 1.0))
     if slope is not None:
         z.mul_(slope)
-    part.copy_(z)
+    if not in_place:
+        part.copy_(z)
     return losses.sum()
 
 

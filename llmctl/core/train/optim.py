@@ -5,7 +5,8 @@ float32; a model that computes in the masters' own dtype shares their memory. Pa
 in one stack, so that a step is a few batched operations.
 """
 
-from collections.abc import Iterable, Mapping
+import contextlib
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
@@ -14,6 +15,8 @@ from torch import Tensor, nn
 
 from llmctl.core.errors import InputError
 from llmctl.core.train.muon import muon_step
+
+_AVERAGE = ".ema"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,6 +32,8 @@ class OptimConfig:
     eps: float = 1e-8
     muon_momentum: float = 0.95
     clip: float | None = 1.0
+    ema: float | None = None
+    """Decay of the moving average of the weights; at step n it is at most (1 + n) / (10 + n), so that the start is forgotten."""
 
 
 @dataclass
@@ -75,6 +80,8 @@ class MasterOptimizer:
                 self._gradients[name] = torch.zeros_like(self.masters[name])
         self._adamw_names = [n for n in self._parameters if n not in hidden]
         self._adamw = self._make_adamw()
+        self.averages = {name: master.clone() for name, master in self.masters.items()} if config.ema is not None else {}
+        """The moving average of each master; empty without `config.ema`."""
         for name, parameter in model.named_parameters():
             if name in self.masters and self._shared:
                 parameter.data = self.masters[name]
@@ -161,8 +168,29 @@ class MasterOptimizer:
             for group in self._adamw.param_groups:
                 group["lr"] = c.learning_rate * lr_scale
             self._adamw.step()
+        if c.ema is not None:
+            decay = min(c.ema, (1 + self.num_updates) / (10 + self.num_updates))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(self.averages.values()), [self.masters[n] for n in self.averages], 1.0 - decay)
         self.num_updates += 1
         self.write_back()
+
+    @contextlib.contextmanager
+    def averaged(self) -> Iterator[None]:
+        """Within it the model has the averaged weights instead of the trained ones."""
+        with torch.no_grad():
+            for name, average in self.averages.items():
+                if self._shared:
+                    self._parameters[name].data = average
+                else:
+                    self._parameters[name].copy_(average)
+        try:
+            yield
+        finally:
+            if self._shared:
+                for name in self.averages:
+                    self._parameters[name].data = self.masters[name]
+            self.write_back()
 
     @torch.no_grad()
     def write_back(self) -> None:
@@ -174,8 +202,11 @@ class MasterOptimizer:
     @torch.no_grad()
     def forget(self) -> None:
         """Back to the state before the first step, weights apart; used after steps at rate 0 that only measured time."""
-        for tensor in self.state_tensors().values():
-            tensor.zero_()
+        for name, tensor in self.state_tensors().items():
+            if not name.endswith(_AVERAGE):
+                tensor.zero_()
+        for name, average in self.averages.items():
+            average.copy_(self.masters[name])
         self._set_num_updates(0)
 
     def _set_num_updates(self, num_updates: int) -> None:
@@ -185,13 +216,13 @@ class MasterOptimizer:
                 self._adamw.state[self.masters[name]]["step"].fill_(num_updates)
 
     def state_tensors(self) -> dict[str, Tensor]:
-        """The optimizer's state by name: `<parameter>.momentum` or `<parameter>.exp_avg` and `.exp_avg_sq`."""
+        """The optimizer's state by name: `<parameter>.momentum` or `<parameter>.exp_avg` and `.exp_avg_sq`; and `.ema`."""
         tensors = {f"{name}.momentum": stack.momentum[i] for stack in self._stacks for i, name in enumerate(stack.names)}
         if self._adamw is not None:
             for name in self._adamw_names:
                 state = self._adamw.state[self.masters[name]]
                 tensors |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-        return tensors
+        return tensors | {f"{name}{_AVERAGE}": average for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load(self, *, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], num_updates: int, where: str) -> None:

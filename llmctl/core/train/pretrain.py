@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
@@ -29,7 +29,7 @@ from llmctl.core.train.cards import checkpoint_card
 from llmctl.core.train.evaluation import HeldOut
 from llmctl.core.train.events import Event, Warned
 from llmctl.core.train.job import Stop, TrainJob
-from llmctl.core.train.objectives import NextToken
+from llmctl.core.train.objectives import NextToken, Penalty
 from llmctl.core.train.plan import (
     Machine,
     Prepared,
@@ -44,6 +44,9 @@ from llmctl.core.train.plan import (
 )
 from llmctl.core.train.sampling import sampler
 from llmctl.core.train.vectors import Vectors
+
+SHAPING = ("label_smoothing", "z_loss", "dropout", "ema", "on_spike")
+"""Settings that shape a run of this kind, beside those of any run."""
 
 _SPLITS: tuple[Literal["val"], Literal["train"]] = ("val", "train")
 _MICRO_BATCH_TOKENS = 8192
@@ -116,7 +119,7 @@ class _Pretrain:
         assert opened is not None
         architecture = opened.architecture
         torch.manual_seed(config.seed)
-        settings = settings_of(config, sizes, where)
+        settings = settings_of(config, sizes, where) | {name: getattr(config, name) for name in SHAPING}
         card = checkpoint_card(
             run_dir=run.path,
             verb="pretrain",
@@ -145,14 +148,20 @@ class _Pretrain:
 
         model = _weights(config, opened, checkpoint).to(where.device)
         model.train()
+        model.recomputes = config.gradient_checkpointing
         return TrainJob(
             run=run,
             model=model,
             source=opened.source,
-            objective=NextToken(),
-            optim=optim_of(config),
+            objective=NextToken(
+                penalty=Penalty(label_smoothing=config.label_smoothing, z_loss=config.z_loss), dropout=config.dropout, seed=config.seed
+            ),
+            optim=dataclasses.replace(optim_of(config), ema=config.ema or None),
             schedule=schedule_of(config),
-            loop=loop_of(config, sizes),
+            loop=dataclasses.replace(
+                loop_of(config, sizes), on_spike=cast(Literal["ignore", "rewind"], config.on_spike), profile=config.profile
+            ),
+            compile=cast(Literal["auto", "on", "off"], config.compile),
             compute_dtype=where.dtype,
             device=where.device,
             write_model=write_model,

@@ -42,6 +42,9 @@ class TrainerState:
     elapsed_s: float
     settings: dict[str, Any]
     identity: dict[str, Any]
+    skipped_samples: int = 0
+    """Samples that were left out when the run went back from a spike."""
+    recent_losses: tuple[float, ...] = ()
     llmctl_version: str = __version__
     torch_version: str = torch.__version__
     threads: int = 0

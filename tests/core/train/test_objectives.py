@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from llmctl.core.config import ModelConfig
 from llmctl.core.data.loader import IGNORE, Batch
 from llmctl.core.model import Decoder
-from llmctl.core.train.objectives import NextToken, head_loss, token_losses
+from llmctl.core.train.objectives import NextToken, Penalty, head_loss, token_losses
 
 
 def make_model(**facts: object) -> Decoder:
@@ -53,6 +53,24 @@ def test_loss_and_gradients_equal_those_of_torch(facts: dict[str, object], num_r
 
     torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
     for ours, theirs in zip(got_gradients, wanted_gradients, strict=True):
+        torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
+
+
+@pytest.mark.parametrize("softcap", [None, 3.0])
+@pytest.mark.parametrize(("smoothing", "z_loss"), [(0.1, 0.0), (0.0, 1e-2), (0.3, 0.05)])
+def test_smoothing_and_z_loss_equal_their_formulas(smoothing: float, z_loss: float, softcap: float | None) -> None:
+    model = make_model(logit_softcap=softcap, logit_multiplier=1.3)
+    generator = torch.Generator().manual_seed(1)
+    hidden = torch.randn(300, 16, dtype=torch.float64, generator=generator, requires_grad=True)
+    targets = torch.randint(0, 97, (300,), generator=generator)
+    targets[::5] = IGNORE
+    logits = model.logits(hidden)
+    squares = logits.logsumexp(1).square()[targets != IGNORE].sum()
+    wanted = 0.2 * (F.cross_entropy(logits, targets, ignore_index=IGNORE, reduction="sum", label_smoothing=smoothing) + z_loss * squares)
+    got = head_loss(model, hidden, targets, scale=0.2, penalty=Penalty(label_smoothing=smoothing, z_loss=z_loss))
+    torch.testing.assert_close(got, wanted, rtol=1e-12, atol=1e-12)
+    inputs = [hidden, model.head.weight]
+    for ours, theirs in zip(torch.autograd.grad(got, inputs), torch.autograd.grad(wanted, inputs), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-10, atol=1e-12)
 
 

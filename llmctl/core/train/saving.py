@@ -1,0 +1,104 @@
+"""A trainer's state to and from checkpoints. Knows the files of state.py through it; knows no step.
+
+With a moving average of the weights, the checkpoint at the end of a run has it as a model directory of its own, `ema/`.
+"""
+
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llmctl.core.errors import WriteError
+from llmctl.core.train import state as checkpoints
+from llmctl.core.train.events import CheckpointSaved, Event, Warned
+from llmctl.core.train.job import Stop
+from llmctl.core.train.spikes import Spikes
+
+if TYPE_CHECKING:
+    from llmctl.core.train.loop import Trainer
+
+AVERAGE_NAME = "ema"
+_FULL_DISK_PAUSE_S = 5.0
+_POLL_S = 0.2
+_SMALL_FILES_BYTES = 64 << 10
+"""Configs and manifest of a checkpoint; its tokenizer may take more, and a disk as full as that is met when writing."""
+
+
+def checkpoint_bytes(trainer: "Trainer") -> int:
+    """About what one checkpoint takes on disk."""
+    optimizer = trainer.optimizer
+    tensors = [*optimizer.masters.values(), *optimizer.state_tensors().values(), *optimizer.averages.values()]
+    frozen = [p for n, p in trainer.job.model.named_parameters() if n not in optimizer.masters]
+    return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + _SMALL_FILES_BYTES
+
+
+def save(trainer: "Trainer", stop: Stop) -> Iterator[Event]:
+    """Write a checkpoint of the trainer's step; waits for room on a full disk if the run is told to. Raises WriteError."""
+    job, started = trainer.job, time.perf_counter()
+    job.run.metrics.sync()
+    state = checkpoints.TrainerState(
+        step=trainer.step,
+        num_steps=job.schedule.num_steps,
+        warmup_steps=job.schedule.warmup_steps,
+        num_updates=trainer.optimizer.num_updates,
+        tokens_seen=trainer.tokens_seen,
+        skipped_steps=trainer.skipped_steps,
+        skipped_samples=trainer.skipped_samples,
+        recent_losses=tuple(trainer.spikes.recent),
+        elapsed_s=trainer.elapsed_s,
+        settings=job.settings,
+        identity=job.identity,
+        threads=job.threads,
+        machine=checkpoints.machine(),
+    )
+    while True:
+        try:
+            path, num_bytes = checkpoints.save_checkpoint(
+                job.run.path,
+                state,
+                write_model=lambda folder: _write_models(trainer, folder),
+                optimizer=trainer.optimizer.state_tensors(),
+                expected_bytes=checkpoint_bytes(trainer),
+            )
+            break
+        except WriteError as error:
+            if job.loop.on_full != "wait" or stop() is not None:
+                raise
+            yield Warned(message=f"{error}; waiting for room")
+            _wait(_FULL_DISK_PAUSE_S, stop)
+    trainer.saved_step = trainer.step
+    checkpoints.prune(job.run.path, keep_last=job.loop.keep_last)
+    trainer.status("running")
+    yield CheckpointSaved(step=trainer.step, path=str(path), num_bytes=num_bytes, elapsed_s=time.perf_counter() - started)
+
+
+def _write_models(trainer: "Trainer", folder: Path) -> None:
+    job, optimizer = trainer.job, trainer.optimizer
+    weights = job.model.state_dict()
+    job.write_model(folder, {**weights, **optimizer.masters})
+    if optimizer.averages and trainer.step == job.schedule.num_steps:
+        (folder / AVERAGE_NAME).mkdir()
+        job.write_model(folder / AVERAGE_NAME, {**weights, **optimizer.averages})
+
+
+def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:
+    """Everything as it was when `checkpoint` was saved, the log included. Raises InputError for tensors that do not fit."""
+    saved, optimizer = checkpoint.state, trainer.optimizer
+    weights = trainer.job.read_model(checkpoint.path)
+    optimizer.load(
+        weights={n: weights[n] for n in optimizer.masters if n in weights},
+        state=checkpoints.load_tensors(checkpoint.path / "trainer" / "optimizer.safetensors"),
+        num_updates=saved.num_updates,
+        where=str(checkpoint.path),
+    )
+    checkpoints.restore_rng(checkpoint.path)
+    trainer.step, trainer.tokens_seen, trainer.skipped_steps = saved.step, saved.tokens_seen, saved.skipped_steps
+    trainer.skipped_samples, trainer.spikes = saved.skipped_samples, Spikes(saved.recent_losses)
+    trainer.saved_step = saved.step
+    trainer.job.run.metrics.truncate_after(saved.step)
+
+
+def _wait(seconds: float, stop: Stop) -> None:
+    end = time.monotonic() + seconds
+    while time.monotonic() < end and stop() is None:
+        time.sleep(_POLL_S)
