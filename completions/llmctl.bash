@@ -35,23 +35,24 @@ _llmctl() {
             words='pretrain finetune generate eval export tokenize --version -h --help'
             ;;
         'pretrain')
-            words='--data --val-data --out-dir -o --output-dir --depth --model-config --model -m --init-embeddings --family --seq-len --max-seq-length --seed --max-steps --max-tokens --epochs --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --label-smoothing --z-loss --dropout --ema --eval-every --eval-tokens --sample-every --sample-prompt --sample-tokens --save-every --log-every --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-spike --on-full --dry-run --no-dry-run --device --dtype --precision --gradient-checkpointing --no-gradient-checkpointing --compile --profile --no-profile --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--data --val-data --out-dir -o --output-dir --depth --model-config --model -m --init-embeddings --family --seq-len --max-seq-length --seed --max-steps --max-tokens --epochs --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --label-smoothing --z-loss --dropout --ema --eval-every --eval-tokens --sample-every --sample-prompt --sample-tokens --save-every --log-every --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-spike --on-full --dry-run --no-dry-run --log --report --report-file --device --dtype --precision --gradient-checkpointing --no-gradient-checkpointing --compile --profile --no-profile --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             case $prev in
                 --data|--val-data|--out-dir|-o|--output-dir|--resume-from) values='dir' ;;
                 --depth|--seq-len|--max-seq-length|--seed|--max-steps|--max-tokens|--epochs|--max-time|--batch-size|-b|--micro-batch-size|--learning-rate|--lr|--muon-learning-rate|--weight-decay|--beta1|--beta2|--muon-momentum|--clip|--warmup-steps|--decay-fraction|--final-lr-fraction|--label-smoothing|--z-loss|--dropout|--ema|--eval-every|--eval-tokens|--sample-every|--sample-prompt|--sample-tokens|--save-every|--log-every|--keep-last|--allow-change|--nonfinite|--threads) values='any' ;;
-                --model-config|--model|-m|--init-embeddings|--config|-c) values='file' ;;
+                --model-config|--model|-m|--init-embeddings|--report|--report-file|--config|-c) values='file' ;;
                 --family) values='qwen3 llama gpt2' ;;
                 --optimizer) values='muon adamw' ;;
                 --schedule) values='cosine linear wsd' ;;
                 --on-spike) values='ignore rewind' ;;
                 --on-full) values='fail wait' ;;
+                --log) values='tensorboard wandb mlflow trackio codecarbon' ;;
                 --device) values='auto cpu cuda mps' ;;
                 --dtype|--precision) values='auto bf16 f32' ;;
                 --compile) values='auto on off' ;;
             esac
             ;;
         'finetune')
-            words='--model -m --data --val-data --val-fraction --out-dir -o --output-dir --method --mask-prompt --no-mask-prompt --chat-template --chat --raw --seq-len --max-seq-length --too-long --drop-empty --no-drop-empty --on-error --resize-vocab --no-resize-vocab --seed --epochs --max-steps --max-tokens --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --eval-every --eval-tokens --save-every --log-every --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-full --dry-run --no-dry-run --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--model -m --data --val-data --val-fraction --out-dir -o --output-dir --method --mask-prompt --no-mask-prompt --chat-template --chat --raw --seq-len --max-seq-length --too-long --drop-empty --no-drop-empty --on-error --resize-vocab --no-resize-vocab --seed --epochs --max-steps --max-tokens --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --eval-every --eval-tokens --save-every --log-every --log --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-full --dry-run --no-dry-run --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             case $prev in
                 --model|-m|--data|--val-data|--chat-template|--config|-c) values='file' ;;
                 --val-fraction|--seq-len|--max-seq-length|--seed|--epochs|--max-steps|--max-tokens|--max-time|--batch-size|-b|--micro-batch-size|--learning-rate|--lr|--muon-learning-rate|--weight-decay|--beta1|--beta2|--muon-momentum|--clip|--warmup-steps|--decay-fraction|--final-lr-fraction|--eval-every|--eval-tokens|--save-every|--log-every|--keep-last|--allow-change|--nonfinite|--threads) values='any' ;;
@@ -61,6 +62,7 @@ _llmctl() {
                 --on-error) values='stop skip' ;;
                 --optimizer) values='muon adamw' ;;
                 --schedule) values='cosine linear wsd' ;;
+                --log) values='tensorboard wandb mlflow trackio codecarbon' ;;
                 --on-full) values='fail wait' ;;
                 --device) values='auto cpu cuda mps' ;;
                 --dtype|--precision) values='auto bf16 f32' ;;

@@ -34,6 +34,7 @@ FLOORS = {
     "native": 1,
     "families": 2,
     "data": 2,
+    "report": 2,
     "checkpoint": 3,
     "infer": 4,
     "train": 5,

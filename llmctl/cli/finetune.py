@@ -29,4 +29,4 @@ def run(config: FinetuneConfig, shell: Shell) -> None:
     with stop_flag() as stop:
         from llmctl.core.train.finetune import train
 
-        draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, log_every=config.log_every)
+        draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, config)

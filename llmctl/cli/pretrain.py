@@ -24,6 +24,11 @@ def register(app: typer.Typer) -> None:
 
 def run(config: PretrainConfig, shell: Shell) -> None:
     """Run the command."""
+    if config.report:
+        from llmctl.cli.report import write_report
+
+        write_report(config, shell)
+        return
     from llmctl.cli.signals import stop_flag
     from llmctl.cli.training_view import draw
 
@@ -31,7 +36,7 @@ def run(config: PretrainConfig, shell: Shell) -> None:
     with stop_flag() as stop:
         from llmctl.core.train.pretrain import train
 
-        draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, log_every=config.log_every)
+        draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, config)
 
 
 def with_stored(config: Any, shell: Shell) -> Any:

@@ -1,13 +1,17 @@
-"""Draws the events of training: live on a terminal, a line each log interval elsewhere, JSON lines with --json."""
+"""Draws the events of training: a live panel on a terminal, a line each log interval elsewhere, JSON lines with --json."""
 
 import json
 import math
+import sys
 from collections.abc import Iterable
 from dataclasses import asdict
-from typing import Any
+from pathlib import Path
+from typing import Any, Protocol
 
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
+from llmctl.core.config.finetune import FinetuneConfig
+from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.train.events import (
     CheckpointSaved,
     EvalDone,
@@ -17,24 +21,49 @@ from llmctl.core.train.events import (
     Profiled,
     Resumed,
     RowsRead,
-    RowsReading,
     SampleDrawn,
     StepDone,
     Warned,
 )
 
 
-def draw(events: Iterable[Event], shell: Shell, *, log_every: int) -> None:
-    """Drain `events`, showing each as `shell` wants it."""
-    view = _LiveView(shell) if shell.live else _LineView(shell, log_every)
+def draw(events: Iterable[Event], shell: Shell, config: PretrainConfig | FinetuneConfig) -> None:
+    """Drain `events`, showing each as `shell` wants it, and giving its numbers to the trackers of --log."""
+    from llmctl.core.train.trackers import tracked
+
+    view: View
+    if shell.live:
+        from llmctl.cli.training_panel import LivePanel
+
+        view = LivePanel(shell)
+    else:
+        view = _LineView(shell, config.log_every)
     with view:
-        for event in events:
+        for event in tracked(events, config.log, settings=_settings(config), every=config.log_every, prints=sys.stderr):
             if shell.json:
                 out.line(json.dumps(_plain({"event": type(event).__name__, **asdict(event)}), ensure_ascii=False))
             if isinstance(event, Warned):
                 view.warn(event.message)
             else:
                 view.show(event)
+
+
+class View(Protocol):
+    """Where events are shown."""
+
+    def __enter__(self) -> Any: ...
+
+    def __exit__(self, *_: object) -> None: ...
+
+    def warn(self, message: str) -> None: ...
+
+    def show(self, event: Event) -> None: ...
+
+
+def _settings(config: PretrainConfig | FinetuneConfig) -> dict[str, Any]:
+    """The settings that were given or have a default, as plain values."""
+    plain = ((key, str(value) if isinstance(value, tuple | Path) else value) for key, value in asdict(config).items())
+    return {key: value for key, value in plain if value is not None}
 
 
 def _plain(line: dict[str, Any]) -> dict[str, Any]:
@@ -150,62 +179,6 @@ class _LineView:
                 self._shell.note(step_line(event, self._num_steps))
         elif text := other_line(event):
             self._shell.note(text)
-
-
-class _LiveView:
-    """A bar and the latest numbers at the foot of the terminal; what lasts scrolls by above it."""
-
-    def __init__(self, shell: Shell) -> None:
-        from rich.live import Live
-        from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-        self._shell = shell
-        self._console = shell.console()
-        self._bar = Progress(TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), console=self._console)
-        self._task = self._bar.add_task("training", total=None)
-        self._live = Live(console=self._console, refresh_per_second=4, transient=True, redirect_stdout=False, redirect_stderr=False)
-        self._numbers = self._held_out = self._sample = ""
-
-    def __enter__(self) -> "_LiveView":
-        self._live.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._live.stop()
-
-    def warn(self, message: str) -> None:
-        """A warning, above the bar."""
-        self._live.stop()
-        self._shell.warn(message)
-        self._live.start()
-
-    def show(self, event: Event) -> None:
-        """Any other event."""
-        from rich.console import Group
-        from rich.text import Text
-
-        if isinstance(event, Planned):
-            self._bar.update(self._task, total=event.num_steps)
-            for line in plan_lines(event):
-                self._console.print(Text(line))
-        elif isinstance(event, StepDone):
-            self._bar.update(self._task, completed=event.step)
-            self._numbers = (
-                f"loss {event.loss:.4f}   lr {event.learning_rate:.2e}   grad {event.grad_norm:.2f}   {event.tokens_per_second:,.0f} tok/s"
-                f"   {event.peak_share:.0%} of peak   {duration(event.elapsed_s)} gone, {duration(event.eta_s)} to go"
-            )
-        elif isinstance(event, RowsReading):
-            self._numbers = f"reading rows: {event.num_rows:,}"
-        elif isinstance(event, Resumed):
-            self._bar.update(self._task, completed=event.step)
-        if isinstance(event, EvalDone):
-            self._held_out = eval_line(event)
-        elif isinstance(event, SampleDrawn):
-            self._sample = " ".join(event.text.split())
-        if isinstance(event, EvalDone | SampleDrawn | Resumed | RowsRead | Profiled | Finished):
-            self._console.print(Text(other_line(event) or ""))
-        lines = [Text(t, overflow="ellipsis", no_wrap=True) for t in (self._numbers, self._held_out) if t]
-        self._live.update(Group(self._bar, *lines, *([Text(self._sample, style="dim")] if self._sample else [])))
 
 
 def counted(number: int, noun: str) -> str:

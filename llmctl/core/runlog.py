@@ -1,6 +1,6 @@
 """A run folder: its lock, its stored settings, metrics.jsonl and status.json. Knows files; knows no model.
 
-run/run.lock  config.toml  status.json  metrics.jsonl  step-00000500/ ...
+run/run.lock  config.toml  plan.json  status.json  metrics.jsonl  step-00000500/ ...
 """
 
 import json
@@ -16,6 +16,7 @@ from llmctl.core.errors import UsageError
 from llmctl.core.files import FileLock, atomic_write, check_out_dir, read_json, remove_temporaries, write_json, write_text
 
 LOCK_NAME, CONFIG_NAME, STATUS_NAME, METRICS_NAME = "run.lock", "config.toml", "status.json", "metrics.jsonl"
+PLAN_NAME, ENERGY_NAME = "plan.json", "energy.json"
 
 State = Literal["running", "interrupted", "failed", "done"]
 
@@ -69,6 +70,10 @@ class RunFolder:
     def store_config(self, text: str) -> None:
         """Keep the resolved settings, as TOML."""
         write_text(self.path / CONFIG_NAME, text)
+
+    def store_plan(self, plan: Mapping[str, Any], *, machine: Mapping[str, Any]) -> None:
+        """Keep what the run set out to do, and on what machine."""
+        write_json(self.path / PLAN_NAME, {"plan": _finite(plan), "machine": machine})
 
     def set_status(self, state: State, *, step: int, num_steps: int, message: str | None = None) -> None:
         """Say where the run stands."""

@@ -93,6 +93,7 @@ class FinetuneConfig:
         PretrainConfig, "save_every", help="Steps between checkpoints; 0 saves at the end only. [default: an epoch, less if that is long]"
     )
     log_every: int = option_like(PretrainConfig, "log_every")
+    log: tuple[str, ...] = option_like(PretrainConfig, "log")
     keep_last: int = option_like(PretrainConfig, "keep_last")
     resume: bool = option_like(PretrainConfig, "resume")
     resume_from: Path | None = option_like(PretrainConfig, "resume_from")

@@ -7,8 +7,9 @@ from llmctl.core.config.fields import check_fields, option
 from llmctl.core.errors import UsageError
 
 _MODEL, _BUDGET, _OPTIM, _RUN, _MACHINE = "Model and data", "Budget", "Optimizer", "Run folder and resume", "Machine"
+_WATCH = "Watching"
 
-RESUME_ONLY = ("resume", "resume_from", "auto_resume", "allow_change", "dry_run")
+RESUME_ONLY = ("resume", "resume_from", "auto_resume", "allow_change", "dry_run", "report", "report_file")
 """Settings of one invocation rather than of the run: a run's stored config leaves them out."""
 
 
@@ -125,6 +126,16 @@ class PretrainConfig:
         "fail", "When the disk is full at a save: fail, or wait for room and try again.", choices=("fail", "wait"), panel=_RUN
     )
     dry_run: bool = option(False, "Show the plan and stop before the first step.", panel=_RUN)
+    log: tuple[str, ...] = option(
+        (),
+        "Give the run's numbers to this as well; repeatable. codecarbon measures energy. Each is an extra: llmctl[NAME].",
+        choices=("tensorboard", "wandb", "mlflow", "trackio", "codecarbon"),
+        panel=_WATCH,
+    )
+    report: tuple[Path, ...] = option(
+        (), "Train nothing: write an HTML report on this run folder; repeatable, to lay runs over each other.", metavar="RUN", panel=_WATCH
+    )
+    report_file: Path | None = option(None, "Where --report writes. [default: report.html in the first RUN]", metavar="FILE", panel=_WATCH)
 
     device: str = option("auto", "Where to train.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
     dtype: str = option(
@@ -156,6 +167,8 @@ class PretrainConfig:
             raise UsageError(f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}")
         if sum((self.resume, self.auto_resume, self.resume_from is not None)) > 1:
             raise UsageError("--resume, --resume-from and --auto-resume: give one of them")
+        if self.report_file is not None and not self.report:
+            raise UsageError("--report-file does not go without --report RUN")
         if self.max_time is not None:
             seconds(self.max_time, flag="--max-time")
         skips_allowed(self.nonfinite)

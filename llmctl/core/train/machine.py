@@ -3,11 +3,17 @@
 import contextlib
 import ctypes
 import os
+import platform
+import re
+import resource
 import sys
 import time
+from pathlib import Path
+from typing import Any
 
 import torch
 
+from llmctl import __version__
 from llmctl.core.model.device import multiplies_in_bf16
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -86,3 +92,35 @@ def memory_total_bytes(device: torch.device) -> int | None:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (OSError, ValueError):
         return None
+
+
+def peak_memory_bytes(device: torch.device | str) -> int:
+    """The most memory that this process has held until now: on a CUDA device that device's, else the process's."""
+    if torch.device(device).type == "cuda":
+        return int(torch.cuda.max_memory_allocated(device))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+def facts(device: torch.device) -> dict[str, Any]:
+    """What a reader of a run's numbers wants to know of the machine and the versions; no names of hosts or people."""
+    found = {
+        "processor": _processor(),
+        "logical_cpus": os.cpu_count(),
+        "memory_bytes": memory_total_bytes(torch.device("cpu")),
+        "system": f"{platform.system()} {platform.machine()}",
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "llmctl": __version__,
+    }
+    if device.type == "cuda":
+        found |= {"gpu": torch.cuda.get_device_name(device), "gpu_memory_bytes": memory_total_bytes(device), "cuda": torch.version.cuda}
+    return found
+
+
+def _processor() -> str:
+    """The name that the processor gives itself."""
+    with contextlib.suppress(OSError):
+        if named := re.search(r"^model name\s*:\s*(.+)$", Path("/proc/cpuinfo").read_text("utf-8", "replace"), re.MULTILINE):
+            return named[1].strip()
+    return platform.processor() or platform.machine()

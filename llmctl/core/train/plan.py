@@ -327,6 +327,7 @@ def _run(
         raise UsageError(f"the budget is {num_steps} steps, but the run has already done {checkpoint.state.step}; raise it")
     run.store_config(to_toml(config, leave_out=RESUME_ONLY))
     plan = _plan(config, prepared, where, num_steps)
+    run.store_plan(dataclasses.asdict(plan), machine=machine.facts(where.device))
     warmup_steps = plan.warmup_steps
     if checkpoint is not None and config.warmup_steps == checkpoint.state.settings.get("warmup_steps"):
         warmup_steps = checkpoint.state.warmup_steps
