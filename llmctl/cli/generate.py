@@ -96,6 +96,8 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         allow_special=config.allow_special,
         truncate=config.truncate,  # type: ignore[arg-type]  # checked by its choices
         preset=read_preset(config),
+        speculate=config.speculation,
+        draft_model=config.draft_model,
     )
 
 
@@ -217,7 +219,7 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
                 raise LlmctlError(f"{event.error}; use a shorter prompt, fewer new tokens or a smaller model")
         signal_number = stop()
     if config.stats:
-        stats.tell()
+        stats.tell(generator.engine.speculator)
     view.close(signal_number)
 
 

@@ -219,7 +219,7 @@ def _answer(
                 summary = event
         signal_number = stop()
     if config.stats:
-        stats.tell_batch(num_prompt_tokens=num_prompt_tokens, num_new_tokens=summary.num_new_tokens)
+        stats.tell_batch(num_prompt_tokens=num_prompt_tokens, num_new_tokens=summary.num_new_tokens, speculator=generator.engine.speculator)
     _conclude(summary, shell, config, results, first_error, signal_number, elapsed_s=time.monotonic() - started_s)
 
 

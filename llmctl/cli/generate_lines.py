@@ -61,7 +61,7 @@ def run_lines(config: GenerateConfig, shell: Shell) -> None:
                 summary = event
         signal_number = stop()
     if config.stats:
-        stats.tell_batch(num_prompt_tokens=num_prompt_tokens, num_new_tokens=summary.num_new_tokens)
+        stats.tell_batch(num_prompt_tokens=num_prompt_tokens, num_new_tokens=summary.num_new_tokens, speculator=generator.engine.speculator)
     if summary.num_cut:
         shell.warn(f"{summary.num_cut:,} prompts were too long and were cut on the {config.truncate}")
     if signal_number is not None:

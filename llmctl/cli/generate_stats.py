@@ -3,8 +3,12 @@
 import resource
 import sys
 import time
+from typing import TYPE_CHECKING
 
 from llmctl.cli.shell import stderr_line
+
+if TYPE_CHECKING:
+    from llmctl.core.infer.speculate import Speculator
 
 
 class Stats:
@@ -27,7 +31,7 @@ class Stats:
             self._first_s = self._last_s
         self._num_new_tokens += 1
 
-    def tell(self) -> None:
+    def tell(self, speculator: "Speculator | None" = None) -> None:
         """Three lines for one prompt: the prompt's speed is that up to the first token, the other's after it."""
         if self._num_new_tokens:
             first_s = self._first_s - self._started_s
@@ -35,6 +39,7 @@ class Stats:
             rate = _rate(self._num_new_tokens - 1, self._last_s - self._first_s)
             stderr_line(f"answer: {self._num_new_tokens:,} tokens{rate}")
             stderr_line(f"first token: {first_s:.3f} s, after {self._started_s - self._made_s:.3f} s of loading")
+        _tell_drafts(speculator)
         stderr_line(f"peak memory: {peak_memory()}")
 
     def tell_turn(self) -> None:
@@ -44,13 +49,21 @@ class Stats:
             stderr_line(f"answer: {self._num_new_tokens:,} tokens{rate}; the first after {self._first_s - self._started_s:.3f} s")
         stderr_line(f"peak memory: {peak_memory()}")
 
-    def tell_batch(self, *, num_prompt_tokens: int, num_new_tokens: int) -> None:
+    def tell_batch(self, *, num_prompt_tokens: int, num_new_tokens: int, speculator: "Speculator | None" = None) -> None:
         """The same of many rows, whose prompts and answers were computed side by side: speeds over the whole time."""
         elapsed_s = time.monotonic() - self._started_s
         stderr_line(f"prompts: {num_prompt_tokens:,} tokens{_rate(num_prompt_tokens, elapsed_s)}")
         stderr_line(f"answers: {num_new_tokens:,} tokens{_rate(num_new_tokens, elapsed_s)}")
         stderr_line(f"time: {elapsed_s:.3f} s, after {self._started_s - self._made_s:.3f} s of loading")
+        _tell_drafts(speculator)
         stderr_line(f"peak memory: {peak_memory()}")
+
+
+def _tell_drafts(speculator: "Speculator | None") -> None:
+    """How many guessed tokens came true, where any were made."""
+    if speculator is not None and speculator.num_drafted:
+        share = speculator.num_accepted / speculator.num_drafted
+        stderr_line(f"guessed ahead: {speculator.num_drafted:,} tokens, {speculator.num_accepted:,} came true ({share:.0%})")
 
 
 def _rate(num_tokens: int, elapsed_s: float) -> str:

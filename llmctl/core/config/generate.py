@@ -1,8 +1,9 @@
 """The settings of `llmctl generate`. Stdlib only; knows no tensor."""
 
+import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from llmctl.core.config.fields import check_fields, option
 from llmctl.core.errors import UsageError
@@ -22,9 +23,10 @@ ROW_PARAMETERS = (
 )
 """Sampling settings that a row of a batch may have too, under the same names."""
 
+_MOST_DRAFTS = 256
 _NOT_WITH_BEAMS = (
     *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input", "lines"),
-    *("min_new_tokens", "ignore_eos", "best_of", "logprobs"),
+    *("min_new_tokens", "ignore_eos", "best_of", "logprobs", "draft_model"),
 )
 _NOT_WITH_INTERACTIVE = ("input", "lines", "merge", "echo", "show_prompt", "code", "logprobs", "best_of")
 _NOT_WITH_SHOW_PROMPT = ("input", "echo", "stats", "logprobs", "best_of")
@@ -196,6 +198,16 @@ class GenerateConfig:
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    speculate: str = option(
+        "auto",
+        "Tokens to guess ahead, from what the text repeats or by --draft-model, which changes no text: auto (as many as pay; on torch "
+        "only with --draft-model), off, or a number.",
+        metavar="N",
+        panel=_MACHINE,
+    )
+    draft_model: str | None = option(
+        None, "Smaller model with the same tokenizer that guesses tokens ahead for the model.", metavar="MODEL", panel=_MACHINE
+    )
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -238,8 +250,19 @@ class GenerateConfig:
             self._refuse_beside("--show-prompt", _NOT_WITH_SHOW_PROMPT, "it shows one prompt and makes no text")
         if "" in self.stop:
             raise UsageError("--stop: an empty string would stop at once; give some text")
+        if self.speculation == "off" and self.draft_model is not None:
+            raise UsageError("--draft-model does not go with --speculate off; drop one of the two")
         if self.num_beams > 1:
             self._check_beams()
+
+    @property
+    def speculation(self) -> Literal["auto", "off"] | int:
+        """--speculate as a word or a number."""
+        if self.speculate in ("auto", "off"):
+            return "auto" if self.speculate == "auto" else "off"
+        if not (re.fullmatch("[0-9]{1,4}", self.speculate) and 1 <= int(self.speculate) <= _MOST_DRAFTS):
+            raise UsageError(f"--speculate {self.speculate}: auto, off, or a number of tokens from 1 to {_MOST_DRAFTS} is wanted")
+        return int(self.speculate)
 
     def _check_merge(self) -> None:
         self._refuse_beside("--merge", ("text", "prompt", "prompt_file", "lines", "shard", "ordered"), "it joins what is there")

@@ -1,8 +1,9 @@
 """The one generate loop: requests in, events out. Knows slots and scheduling; knows no model, terminal or file.
 
 Every text under way holds a slot of the executor's cache. A round of the loop admits requests into free slots, feeds one
-chunk of prompt tokens, and then decodes one token for all texts that are ready, in one call. A finished text leaves its
-slot to the next request at once. The stream of requests may be endless: it is read only when a slot is free.
+chunk of prompt tokens, and then decodes one token for all texts that are ready, in one call, or several where a
+speculator's guesses come true. A finished text leaves its slot to the next request at once. The stream of requests may be
+endless: it is read only when a slot is free.
 """
 
 from collections import deque
@@ -15,7 +16,9 @@ from numpy.typing import NDArray
 from llmctl.core.errors import NonFiniteError
 from llmctl.core.infer.events import Event, Failed, Request, TokenOut, Warned
 from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.prefixes import MIN_SHARED, common_length
 from llmctl.core.infer.sequence import TextTokenizer, TextUnderWay
+from llmctl.core.infer.speculate import Speculator
 
 
 class _End:
@@ -23,9 +26,6 @@ class _End:
 
 
 _END = _End()
-
-_MIN_SHARED = 16
-"""Prompts that begin with fewer equal tokens than this are not worth a copy."""
 
 
 class StopQuestion(Protocol):
@@ -45,7 +45,7 @@ class Engine:
     `num_slots` texts are under way at most; when memory is short the engine halves that number, says so, and goes on.
     `chunk_tokens` bounds how many prompt tokens are fed between two rounds of decoding. `share_prefixes` copies the
     keys and values of a beginning that another text in the cache has too (a system prompt, samples of one prompt)
-    instead of computing them again.
+    instead of computing them again. `speculator` guesses tokens ahead, which changes no text.
     """
 
     def __init__(
@@ -57,12 +57,15 @@ class Engine:
         num_slots: int = 1,
         chunk_tokens: int = 512,
         share_prefixes: bool = True,
+        speculator: Speculator | None = None,
     ) -> None:
         if num_slots < 1 or chunk_tokens < 1:
             raise ValueError("num_slots and chunk_tokens must be at least 1")
         self._executor, self._tokenizer = executor, tokenizer
         self._eos_ids = frozenset(eos_ids)
         self._num_slots, self._chunk_tokens, self._share_prefixes = num_slots, chunk_tokens, share_prefixes
+        self.speculator = speculator
+        """Who guesses tokens, and how many came true; None when nobody does."""
         # ids beyond the tokenizer's are padding of the embedding matrix: they mean nothing and are never chosen
         self._num_choices = min(executor.vocab_size, tokenizer.vocab_size)
         self._active: dict[int, TextUnderWay] = {}  # slot -> its text
@@ -134,7 +137,7 @@ class Engine:
             self._waiting.appendleft(text)
             yield self._shrink()
             return
-        shared = {slot: _common_length(self._cached[slot], text.tokens) for slot in free} if self._share_prefixes else {}
+        shared = {slot: common_length(self._cached[slot], text.tokens) for slot in free} if self._share_prefixes else {}
         slot = max(free, key=lambda s: (shared.get(s, 0), -s))
         text.num_fed = min(shared.get(slot, 0), len(text.tokens) - 1)  # the last token is always fed: its logits are needed
         del self._cached[slot][text.num_fed :]
@@ -172,35 +175,65 @@ class Engine:
         """Take over a cached beginning from another slot; True when the text had better wait for one being computed."""
         limit = len(text.tokens) - 1
         best, length = max(
-            ((s, _common_length(tokens, text.tokens, limit)) for s, tokens in enumerate(self._cached) if s != slot),
+            ((s, common_length(tokens, text.tokens, limit)) for s, tokens in enumerate(self._cached) if s != slot),
             key=lambda found: found[1],
             default=(slot, 0),
         )
-        if length >= text.num_fed + _MIN_SHARED or (length == limit > text.num_fed):
+        if length >= text.num_fed + MIN_SHARED or (length == limit > text.num_fed):
             self._executor.copy_slot(best, to=slot, length=length)
             self._cached[slot] = list(text.tokens[:length])
             text.num_fed = length
         return any(
-            _common_length(other.tokens, text.tokens, limit) >= min(limit, text.num_fed + _MIN_SHARED) > text.num_fed for other in group
+            common_length(other.tokens, text.tokens, limit) >= min(limit, text.num_fed + MIN_SHARED) > text.num_fed for other in group
         )
 
     def _decode(self) -> Iterator[Event]:
-        """One more token for every text whose prompt is in the cache."""
+        """One more token, or several, for every text whose prompt is in the cache."""
         group = sorted((slot, text) for slot, text in self._active.items() if text.num_unfed == 1 and not text.is_new)
         if not group:
             return
-        tokens = np.array([[text.tokens[-1]] for _, text in group], dtype=np.int64)
-        logits = self._step(group, tokens, None)
+        drafts: list[list[int]] = [[]] * len(group)
+        if self.speculator is not None:
+            try:
+                drafts = self.speculator.drafts(group)
+            except MemoryError:
+                self.speculator.release()
+                self.speculator = None
+                yield Warned(message="not enough memory for the draft model; going on without it")
+        lengths = np.array([1 + len(row) for row in drafts], dtype=np.int64)
+        tokens = np.zeros((len(group), int(lengths.max())), dtype=np.int64)
+        for row, (_, text) in enumerate(group):
+            tokens[row, : lengths[row]] = text.tokens[-1], *drafts[row]
+        ragged = bool((lengths < tokens.shape[1]).any())
+        logits = self._step(group, tokens, lengths if ragged else None, all_logits=tokens.shape[1] > 1)
+        if logits.ndim == 2:
+            logits = logits[:, None]  # (B, 1, V)
         for row, (slot, text) in enumerate(group):
+            yield from self._verify(slot, text, drafts[row], logits[row])
+
+    def _verify(self, slot: int, text: TextUnderWay, drafts: list[int], logits: NDArray[np.float32]) -> Iterator[Event]:
+        """Choose after the last token and after each draft that proves right; `logits` (1 + drafts, V) or longer."""
+        num_accepted = 0
+        for index in range(1 + len(drafts)):
             self._note_fed(slot, text, 1)
-            yield from self._choose(slot, text, logits[row])
+            yield from self._choose(slot, text, logits[index])
+            if slot not in self._active or index == len(drafts) or text.tokens[-1] != drafts[index]:
+                break
+            num_accepted += 1
+        if drafts and self.speculator is not None:
+            self.speculator.note(text, len(drafts), num_accepted)
 
     def _step(
-        self, group: list[tuple[int, TextUnderWay]], tokens: NDArray[np.int64], lengths: NDArray[np.int64] | None
+        self,
+        group: list[tuple[int, TextUnderWay]],
+        tokens: NDArray[np.int64],
+        lengths: NDArray[np.int64] | None,
+        *,
+        all_logits: bool = False,
     ) -> NDArray[np.float32]:
         positions = np.array([text.num_fed for _, text in group], dtype=np.int64)
         slots = np.array([slot for slot, _ in group], dtype=np.int64)
-        return self._executor.step(tokens, positions, slots, lengths=lengths)
+        return self._executor.step(tokens, positions, slots, lengths=lengths, all_logits=all_logits)
 
     def _note_fed(self, slot: int, text: TextUnderWay, count: int) -> None:
         self._cached[slot].extend(text.tokens[text.num_fed : text.num_fed + count])
@@ -242,23 +275,8 @@ class Engine:
         for text in self._waiting:
             text.num_fed = 0
         self._executor.release()
+        if self.speculator is not None:
+            self.speculator.release()
         before, self._num_slots = self._num_slots, self._num_slots // 2
         self._cached = [[] for _ in range(self._num_slots)]
         return Warned(message=f"not enough memory for {before} texts at once; going on with {self._num_slots}")
-
-
-def _common_length(first: list[int], second: list[int], limit: int | None = None) -> int:
-    """How many tokens at the beginning are equal, at most `limit`."""
-    high = min(len(first), len(second) if limit is None else limit)
-    if first[:high] == second[:high]:
-        return high
-    low = 0
-    if first[:_MIN_SHARED] != second[:_MIN_SHARED]:  # the common case: nothing but a BOS is shared
-        high = min(high, _MIN_SHARED)
-    while low < high - 1:  # first[:low] is shared, first[:high] is not
-        middle = (low + high) // 2
-        if first[low:middle] == second[low:middle]:
-            low = middle
-        else:
-            high = middle
-    return low

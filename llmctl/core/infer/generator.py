@@ -13,15 +13,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
+from llmctl.core.errors import InputError
 from llmctl.core.infer.beam import BeamParams, BeamStep, beam_search
 from llmctl.core.infer.defaults import merged, recommended
 from llmctl.core.infer.engine import Engine, never_stop
 from llmctl.core.infer.events import Finished, FinishReason, Request
 from llmctl.core.infer.executor import Executor
-from llmctl.core.infer.opening import ExecutorKind, open_model
+from llmctl.core.infer.opening import ExecutorKind, OpenedModel, open_model
 from llmctl.core.infer.preset import Preset
 from llmctl.core.infer.prompting import Prompt, Prompter
 from llmctl.core.infer.sampler import SamplingParams
+from llmctl.core.infer.speculate import PromptLookup, Speculator
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
@@ -63,8 +65,14 @@ class Generator:
         allow_special: bool = False,
         truncate: Literal["left", "right"] | None = None,
         preset: Preset | None = None,
+        speculate: Literal["auto", "off"] | int = "auto",
+        draft_model: str | Path | None = None,
     ) -> "Generator":
-        """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError."""
+        """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError.
+
+        `speculate` says how many tokens to guess ahead: "auto" as many as pay, on an executor whose results do not depend
+        on how tokens are cut into calls, or with a `draft_model`; a number always so many.
+        """
         from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_model
 
         path = resolve_model(str(model))
@@ -82,6 +90,8 @@ class Generator:
             truncate=truncate,
             preset=preset,
         )
+        machine = {"device": device, "dtype": dtype, "quant": quant, "threads": threads, "executor": executor}
+        draft = None if draft_model is None or speculate == "off" else _open_draft(str(draft_model), words, machine)
         eos_ids = set(loaded.eos_ids)
         if not eos_ids and words.eos_id is not None:
             eos_ids.add(words.eos_id)
@@ -90,7 +100,9 @@ class Generator:
         return cls(
             executor=loaded.executor,
             executor_kind=loaded.kind,
-            engine=Engine(loaded.executor, words, eos_ids=eos_ids, num_slots=num_slots),
+            engine=Engine(
+                loaded.executor, words, eos_ids=eos_ids, num_slots=num_slots, speculator=_speculator(loaded, draft, words, speculate)
+            ),
             tokenizer=words,
             prompter=prompter,
             eos_ids=frozenset(eos_ids),
@@ -175,3 +187,36 @@ class Generator:
                     seed=0,
                     score=beam.score,
                 )
+
+
+def _open_draft(model: str, words: "Tokenizer", machine: Any) -> OpenedModel:
+    """The draft model. Raises InputError when its tokenizer is another."""
+    from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_model
+
+    path = resolve_model(model)
+    own = load_tokenizer(path)
+    if own.fingerprint != words.fingerprint:
+        raise InputError(
+            f"--draft-model {model}: its tokenizer ({own.fingerprint[:12]}) is not the model's ({words.fingerprint[:12]}); "
+            "choose a smaller model of the same family"
+        )
+    opened = open_model(path, **machine)
+    check_tokenizer(own, opened.config, where=path)
+    return opened
+
+
+def _speculator(
+    target: OpenedModel, draft: OpenedModel | None, words: "Tokenizer", speculate: Literal["auto", "off"] | int
+) -> Speculator | None:
+    """Who guesses tokens, if anyone. On torch by itself nobody does: another shape of a product may round a near tie the other way."""
+    if speculate == "off" or (speculate == "auto" and draft is None and target.kind != "native"):
+        return None
+    num_tokens = None if speculate == "auto" else speculate
+    if draft is None:
+        return Speculator(PromptLookup(), token_cost=target.token_cost, num_tokens=num_tokens)
+    from llmctl.core.infer.draft_model import DraftModel
+    from llmctl.core.model.facts import matmul_parameters
+
+    sizes = [matmul_parameters(model.config) for model in (draft, target)]
+    drafter = DraftModel(draft.executor, relative_cost=sizes[0] / sizes[1], num_choices=min(target.executor.vocab_size, words.vocab_size))
+    return Speculator(drafter, token_cost=target.token_cost, num_tokens=num_tokens)

@@ -22,6 +22,8 @@ from llmctl.core.infer.executor import Executor
 ExecutorKind = Literal["auto", "native", "torch"]
 
 _NATIVE_DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+_CPU_TOKEN_COST, _GPU_TOKEN_COST = 0.1, 0.01
+"""On a CPU 8 tokens at once took 1.5 (int8) to 2 (4-bit) times as long as one; a GPU waits for memory much longer."""
 _BYTES_A_THREAD = 64 << 10
 """A product of fewer bytes of weights a thread costs more in waiting for the others than it saves."""
 
@@ -38,6 +40,8 @@ class OpenedModel:
     """generation_config.json, or {}."""
     description: str
     """Family, number format, device and executor, for people."""
+    token_cost: float
+    """What one more token in a decoding call costs, about, in units of a call for one token."""
     note: str | None = None
     """What the user should know of how it runs."""
 
@@ -134,6 +138,7 @@ def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"
         config=config,
         eos_ids=token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id")),
         generation=generation,
+        token_cost=_CPU_TOKEN_COST,
         description=f"{family.name}, {number_format} on cpu, native ({executor.kernels}, {threads} thread{'s' if threads > 1 else ''})",
     )
 
@@ -178,6 +183,7 @@ def _open_torch(
         config=loaded.config,
         eos_ids=loaded.eos_ids,
         generation=loaded.generation,
+        token_cost=_CPU_TOKEN_COST if chosen.type == "cpu" else _GPU_TOKEN_COST,
         description=f"{loaded.family}, {loaded.number_format} on {chosen}, torch ({why})",
         note=loaded.note,
     )

@@ -27,6 +27,14 @@ class History:
         self._seen.setdefault(token)
         self._counts[token] = self._counts.get(token, 0) + 1
 
+    def followed_by(self, tokens: Iterable[int]) -> "History":
+        """A copy with more generated tokens."""
+        copy = History(())
+        copy._seen, copy._counts = dict(self._seen), dict(self._counts)
+        for token in tokens:
+            copy.add(token)
+        return copy
+
     def seen(self) -> NDArray[np.int64]:
         """Distinct ids of prompt and answer."""
         return np.fromiter(self._seen, dtype=np.int64, count=len(self._seen))

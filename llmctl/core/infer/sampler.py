@@ -71,6 +71,11 @@ class SamplingParams:
         """Whether the most likely token is taken, so that no randomness and no seed enter."""
         return self.temperature == 0
 
+    @property
+    def has_penalties(self) -> bool:
+        """Whether the tokens so far change the logits."""
+        return self.repetition_penalty != 1 or self.presence_penalty != 0 or self.frequency_penalty != 0
+
 
 def sample(logits: FloatArray, params: SamplingParams, uniform: float, *, history: History | None = None) -> int:
     """The next token for `logits` (V,) and one `uniform` number in [0, 1).

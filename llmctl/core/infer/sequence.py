@@ -1,6 +1,6 @@
 """One text under way: its tokens, how much of them is in the cache, its random stream, its characters. Knows no slot."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from typing import Protocol
 
 import numpy as np
@@ -73,6 +73,22 @@ class TextUnderWay:
     def max_length(self) -> int:
         """The most tokens that the text can come to."""
         return len(self.request.prompt_ids) + self.request.max_new_tokens
+
+    @property
+    def num_left(self) -> int:
+        """The most tokens that may still come."""
+        return self.max_length - len(self.tokens)
+
+    def guess(self, logits: NDArray[np.float32], ahead: Sequence[int]) -> int:
+        """What the text would choose from `logits` (V,), those of a draft model, after the drafts `ahead`. Changes nothing.
+
+        Raises NonFiniteError.
+        """
+        params, index = self.request.params, self.num_new + len(ahead)
+        uniform = 0.0 if params.is_greedy else uniform_at(self.request.seed, self._key, index)
+        if index < self.request.min_new_tokens:
+            logits = self._without_end(logits)
+        return sample(logits, params, uniform, history=self._history.followed_by(ahead) if params.has_penalties else None)
 
     def choose(self, logits: NDArray[np.float32]) -> tuple[int, str, FinishReason | None]:
         """Take the next token from `logits` (V,): the token, the text that became certain, and whether it was the last.
