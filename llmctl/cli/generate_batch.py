@@ -201,10 +201,10 @@ def _answer(
     with stop_flag() as stop, _Progress(shell, num_lines, config.num_samples, len(results.done) if results else 0) as progress:
         for event in run_batch(rows, generator, settings, results=results, stop=stop):
             if isinstance(event, RowDone):
-                progress.row(event.num_new_tokens)
+                progress.row(event.num_new_tokens, event.num_texts)
                 num_prompt_tokens += event.num_prompt_tokens
             elif isinstance(event, RowFailed):
-                progress.row(0)
+                progress.row(0, event.num_texts)
                 num_failed += 1
                 first_error = first_error or event.error
                 if num_failed <= _NUM_TOLD:
@@ -276,12 +276,12 @@ class _Progress:
             self._task = self._bar.add_task("rows", total=self._total, completed=self._num_done, rate="")
         return self
 
-    def row(self, num_tokens: int) -> None:
-        """One more row."""
+    def row(self, num_tokens: int, num_texts: int) -> None:
+        """One more result, which stands for so many texts."""
         self._num_tokens += num_tokens
         if self._bar is not None:
             rate = self._num_tokens / max(time.monotonic() - self._started_s, 1e-6)
-            self._bar.update(self._task, advance=1, rate=f"{rate:,.1f} tokens/s")
+            self._bar.update(self._task, advance=num_texts, rate=f"{rate:,.1f} tokens/s")
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

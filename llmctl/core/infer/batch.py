@@ -2,17 +2,18 @@
 
 import hashlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import IO, Any
 
-from llmctl.core.errors import LlmctlError
+from llmctl.core.errors import InputError, LlmctlError
 from llmctl.core.infer.best import best_of
 from llmctl.core.infer.defaults import merged
 from llmctl.core.infer.engine import never_stop
 from llmctl.core.infer.events import Failed, Finished, Request, Warned
 from llmctl.core.infer.generator import Generator
 from llmctl.core.infer.logprobs import logprob_rows
+from llmctl.core.infer.openai_rows import Reply, answer, refusal
 from llmctl.core.infer.order import InOrder
 from llmctl.core.infer.results import ResultFile, result_key
 from llmctl.core.infer.rows import BadRow, Row, id_key
@@ -30,6 +31,8 @@ class RowDone:
     row: Mapping[str, Any]
     num_prompt_tokens: int
     num_new_tokens: int
+    num_texts: int = 1
+    """How many of the texts that a job of so many rows and samples comes to."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -38,6 +41,7 @@ class RowFailed:
 
     row: Mapping[str, Any]
     error: str
+    num_texts: int = 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,6 +78,15 @@ class BatchSettings:
 
 
 @dataclass
+class _Choices:
+    """The texts of a row that is answered by one result."""
+
+    reply: Reply
+    num_wanted: int
+    texts: dict[int, Finished] = field(default_factory=dict)
+
+
+@dataclass
 class _Pending:
     """What a result needs of its row. Kept while the row is under way."""
 
@@ -81,6 +94,7 @@ class _Pending:
     num_cut: int
     is_greedy: bool
     place: int
+    choices: _Choices | None = None
 
 
 def run_batch(
@@ -136,15 +150,22 @@ class _Job:
 
     def _requests_of(self, row: Row | BadRow) -> Iterator[Request | Failed]:
         if isinstance(row, Row) and id_key(row.id) in self._seen:
-            row = BadRow(line=row.line, id=row.id, error=f"line {row.line}: the id {id_key(row.id)} has been used before")
+            error = f"line {row.line}: the id {id_key(row.id)} has been used before"
+            row = BadRow(line=row.line, id=row.id, error=error, is_openai=row.reply is not None)
         elif isinstance(row, Row):
             self._seen.add(id_key(row.id))
         if isinstance(row, BadRow):
             yield self._refused(row, row.error)
             return
         done = self._results.done if self._results is not None else ()
-        samples = [s for s in range(self._settings.num_samples) if result_key(row.id, s) not in done]
-        self._num_skipped += self._settings.num_samples - len(samples)
+        num_samples = self._settings.num_samples
+        if row.reply is not None:
+            num_samples = row.reply.num_choices or num_samples
+            samples = [] if result_key(row.id, 0) in done else list(range(num_samples))
+            self._num_skipped += not samples
+        else:
+            samples = [s for s in range(num_samples) if result_key(row.id, s) not in done]
+            self._num_skipped += num_samples - len(samples)
         if not samples:
             return
         try:
@@ -153,15 +174,29 @@ class _Job:
             yield self._refused(row, f"line {row.line}: {error}")
             return
         self._num_cut += bool(num_cut)
-        for sample in samples:
-            self._pending[result_key(row.id, sample)] = _Pending(row, num_cut, requests[0].params.is_greedy, self._place())
+        is_greedy = requests[0].params.is_greedy
+        if row.reply is not None:
+            choices = _Choices(replace(row.reply, num_logprobs=self._num_logprobs(row)), num_samples)
+            pending = _Pending(row, num_cut, is_greedy, self._place(), choices)
+            self._pending |= {result_key(row.id, sample): pending for sample in samples}
+        else:
+            self._pending |= {result_key(row.id, sample): _Pending(row, num_cut, is_greedy, self._place()) for sample in samples}
         yield from requests
+
+    def _num_logprobs(self, row: Row) -> int | None:
+        """How many log-probabilities the result of a row tells."""
+        said = None if row.reply is None else row.reply.num_logprobs
+        return self._settings.num_logprobs if said is None else said
 
     def _made(self, row: Row, samples: list[int]) -> tuple[list[Request], int]:
         settings, prompter = self._settings, self._generator.prompter
         max_new_tokens = settings.max_new_tokens if row.max_new_tokens is None else row.max_new_tokens
+        if settings.best_of is not None and row.reply is not None and row.reply.num_choices not in (None, settings.num_samples):
+            raise InputError(f"body.n is not {settings.num_samples}, as --num-samples, and --best-of chooses for the whole job")
+        num_logprobs = self._num_logprobs(row)
         if row.prompt is not None:
-            prompt = prompter.from_text(row.prompt, system=row.system, max_new_tokens=max_new_tokens)
+            is_raw = row.reply is not None
+            prompt = prompter.from_text(row.prompt, system=row.system, max_new_tokens=max_new_tokens, raw=is_raw)
         else:
             prompt = prompter.from_messages(row.messages, max_new_tokens=max_new_tokens)
         params = merged(settings.params, row.sampling)
@@ -173,7 +208,7 @@ class _Job:
                 seed=settings.seed if row.seed is None else row.seed,
                 stop=settings.stop if row.stop is None else row.stop,
                 params=params,
-                num_logprobs=0 if settings.num_logprobs is None and settings.best_of is not None else settings.num_logprobs,
+                num_logprobs=0 if num_logprobs is None and settings.best_of is not None else num_logprobs,
                 ignore_eos=settings.ignore_eos,
                 min_new_tokens=settings.min_new_tokens,
             )
@@ -211,6 +246,9 @@ class _Job:
     def done(self, event: Finished) -> Iterator[RowDone | RowFailed]:
         """A text is finished: its result row, appended; with an order, what is due."""
         pending = self._pending.pop(result_key(event.id, event.sample_index))
+        if pending.choices is not None:
+            yield from self._chosen(event, pending, pending.choices)
+            return
         row: dict[str, Any] = {"id": event.id}
         if self._settings.num_samples > 1:
             row["sample"] = event.sample_index
@@ -231,21 +269,48 @@ class _Job:
         outcome = RowDone(row=row, num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
         yield from self._given(outcome, pending.place)
 
+    def _chosen(self, event: Finished, pending: _Pending, choices: _Choices) -> Iterator[RowDone | RowFailed]:
+        """One of the texts of a row that is answered by one result: the result, when all are there."""
+        choices.texts[event.sample_index] = event
+        if len(choices.texts) < choices.num_wanted:
+            return
+        texts = [choices.texts[index] for index in range(choices.num_wanted)]
+        model, token_text = self._generator.path.name, self._generator.tokenizer.token_text
+        row = answer(choices.reply, str(event.id), texts, model=model, token_text=token_text)
+        row |= pending.row.extra
+        if pending.num_cut:
+            row["num_cut"] = pending.num_cut
+        outcome = RowDone(
+            row=row,
+            num_prompt_tokens=event.num_prompt_tokens,
+            num_new_tokens=sum(text.num_new_tokens for text in texts),
+            num_texts=self._settings.num_samples,
+        )
+        yield from self._given(outcome, pending.place)
+
     def failed(self, event: Failed) -> Iterator[RowDone | RowFailed]:
         """A request has failed: its error row, appended; with an order, what is due."""
         record: dict[str, Any] = {"id": event.id}
+        num_texts = 1
         if event.line is not None:
             (row, place), error = self._refused_rows.pop(event.line), event.error
+            num_texts = self._settings.num_samples
         else:
             pending = self._pending.pop(result_key(event.id, event.sample_index))
             row, place = pending.row, pending.place
             error = f"line {row.line}: {event.error}"
-            if self._settings.num_samples > 1:
+            if pending.choices is not None:
+                num_texts = self._settings.num_samples
+                for index in range(max(pending.choices.num_wanted, self._settings.best_of or 1)):  # the row has failed as a whole
+                    self._pending.pop(result_key(event.id, index), None)
+            elif self._settings.num_samples > 1:
                 record["sample"] = event.sample_index
+        if row.is_openai if isinstance(row, BadRow) else row.reply is not None:
+            record = refusal(str(event.id), error, is_fault_of_row=event.line is not None)
         if isinstance(row, Row):
             record |= row.extra
-        record |= {"line": row.line, "error": error}
-        yield from self._given(RowFailed(row=record, error=error), place)
+        record |= {"line": row.line} if "response" in record else {"line": row.line, "error": error}
+        yield from self._given(RowFailed(row=record, error=error, num_texts=num_texts), place)
 
     def summary(self, *, interrupted: bool) -> BatchFinished:
         """The counts."""

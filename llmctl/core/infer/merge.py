@@ -12,7 +12,8 @@ from typing import Any
 
 from llmctl.core.errors import InputError, LockedError, NotFoundError, UsageError
 from llmctl.core.files import atomic_write, parse_json, read_json, write_json
-from llmctl.core.infer.results import errors_path_of, job_path_of, result_key
+from llmctl.core.infer.openai_rows import is_answer
+from llmctl.core.infer.results import errors_path_of, job_path_of, key_of
 
 _OF_SHARD = ("shard", "num_results")
 """What a shard's job says of itself; all the rest must be the same in every shard."""
@@ -58,11 +59,12 @@ def merge_shards(path: Path, *, overwrite: bool = False) -> Merged:
                     raise InputError(f"{shard} is of another job than {shards[0]}: {', '.join(differing)} differ; make it again")
                 found = 0
                 for line, row in _rows(shard, file):
-                    key = result_key(row["id"], row.get("sample", 0))
+                    key = key_of(row)
                     if key in seen:
-                        raise InputError(f"{shard}: the id {json.dumps(row['id'])} has been used before, by this shard or another")
+                        id = json.dumps(row.get("custom_id") if is_answer(row) else row["id"])
+                        raise InputError(f"{shard}: the id {id} has been used before, by this shard or another")
                     seen.add(key)
-                    found += 1
+                    found += job.get("num_samples", 1) if is_answer(row) else 1
                     out.write(line)
                 failed = _errors(errors_path_of(shard), errors)
                 lacking = job["num_results"] - found - sum(1 if single else job.get("num_samples", 1) for single in failed)

@@ -49,10 +49,15 @@ class Prompter:
         self.uses_chat = has_template if chat is None else chat
         self._system, self._allow_special, self._truncate = system, allow_special, truncate
 
-    def from_text(self, text: str, *, system: str | None = None, max_new_tokens: int | None = None) -> Prompt:
-        """A prompt from plain text; `system` replaces the Prompter's. Raises InputError when it is empty or too long."""
+    def from_text(self, text: str, *, system: str | None = None, max_new_tokens: int | None = None, raw: bool = False) -> Prompt:
+        """A prompt from plain text; `system` replaces the Prompter's. Raises InputError when it is empty or too long.
+
+        With `raw` the text is all that the model reads: no chat template, no system message, no preset.
+        """
         if not text:
             raise InputError("the prompt is empty")
+        if raw:
+            return self._fitted(self.encode_text(text), max_new_tokens)
         if self.preset is not None:
             text = self.preset.user_text(text) if self.uses_chat else self.preset.plain_text(text)
         if self.uses_chat:

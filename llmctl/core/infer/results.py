@@ -15,6 +15,7 @@ from typing import Any
 
 from llmctl.core.errors import InputError, LockedError, UsageError, is_write_failure, write_error
 from llmctl.core.files import parse_json, read_json, write_json
+from llmctl.core.infer.openai_rows import is_answer
 from llmctl.core.infer.rows import id_key
 
 FORMAT = 1
@@ -86,7 +87,7 @@ class ResultFile:
                     if file.read(1):
                         raise InputError(f"{self.path}: line {number} is not a result row; repair it, or use --overwrite to begin anew")
                     break
-                self.done.add(result_key(row["id"], row.get("sample", 0)))
+                self.done.add(key_of(row))
                 good += len(line)
         self.num_torn_bytes = os.fstat(self._fd).st_size - good
         if self.num_torn_bytes:
@@ -96,7 +97,7 @@ class ResultFile:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a result row; it is in the system's hands at once and on the disk within a second or so. Raises WriteError."""
         self._append(self._fd, row, self.path)
-        self.done.add(result_key(row["id"], row.get("sample", 0)))
+        self.done.add(key_of(row))
 
     def append_error(self, row: Mapping[str, Any]) -> None:
         """Add a row to the errors file. Raises WriteError."""
@@ -177,6 +178,11 @@ def errors_path_of(path: Path) -> Path:
 def result_key(id: Any, sample: Any) -> str:
     """What names a result: the id, and the number of the sample."""
     return f"{sample} {id_key(id)}"
+
+
+def key_of(row: Mapping[str, Any]) -> str:
+    """The key of a result row; one in OpenAI's form, which holds all texts of its row, has that of the first."""
+    return result_key(row["custom_id"], 0) if is_answer(row) else result_key(row["id"], row.get("sample", 0))
 
 
 def to_line(row: Mapping[str, Any]) -> bytes:

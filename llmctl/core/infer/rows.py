@@ -11,6 +11,7 @@ from typing import IO, Any, TypeVar
 from llmctl.core.config.generate import ROW_PARAMETERS
 from llmctl.core.errors import InputError
 from llmctl.core.files import parse_json
+from llmctl.core.infer.openai_rows import Reply, is_answer, is_request, plain_row
 
 MAX_LINE_BYTES = 64 << 20
 RESULT_FIELDS = ("text", "finish", "num_prompt_tokens", "num_new_tokens", "num_cut", "sample", "logprobs", "score", "error", "line")
@@ -36,6 +37,8 @@ class Row:
     sampling: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields that mean nothing here and are carried to the result."""
+    reply: Reply | None = None
+    """For a row of an OpenAI batch file: how it is answered."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -45,6 +48,8 @@ class BadRow:
     line: int
     id: int | str
     error: str
+    is_openai: bool = False
+    """Whether the id is the custom_id of a row of an OpenAI batch file."""
 
 
 def id_key(id: int | str) -> str:
@@ -55,21 +60,26 @@ def id_key(id: int | str) -> str:
 def parse_row(raw: bytes, line: int) -> Row | BadRow:
     """The row that stands in line `line` (from 1). Never raises for what the line holds."""
     id: int | str = line
+    is_openai, reply = False, None
     try:
         if len(raw) > MAX_LINE_BYTES:
             raise InputError(f"longer than {MAX_LINE_BYTES:,} bytes, the limit")
         value = parse_json(raw.removeprefix(b"\xef\xbb\xbf") if line == 1 else raw, where=f"line {line}")
         if not isinstance(value, dict):
             raise InputError("not a JSON object")
+        if is_request(value):
+            if isinstance(value.get("custom_id"), str):
+                id, is_openai = value["custom_id"], True
+            value, reply = plain_row(value)
         given = value.get("id")
         if given is not None:
             if isinstance(given, bool) or not isinstance(given, int | str):
                 raise InputError(f"id: {given!r} is neither a string nor a whole number")
             id = given
-        return _row(value, line, id)
+        return _row(value, line, id, reply)
     except InputError as error:
         place = f"line {line}: "
-        return BadRow(line=line, id=id, error=place + str(error).removeprefix(place))
+        return BadRow(line=line, id=id, error=place + str(error).removeprefix(place), is_openai=is_openai)
 
 
 def parsed_rows(lines: Iterable[bytes | None]) -> Iterator[Row | BadRow | None]:
@@ -100,7 +110,9 @@ def sharded(rows: Iterable[RowT | None], shard: tuple[int, int]) -> Iterator[Row
             yield row
 
 
-def _row(value: dict[str, Any], line: int, id: int | str) -> Row:
+def _row(value: dict[str, Any], line: int, id: int | str, reply: Reply | None) -> Row:
+    if is_answer(value) or (reply is not None and ("response" in value or "error" in value)):
+        raise InputError("the field 'response' has a meaning in results and cannot be carried; rename it")
     for name in RESULT_FIELDS:
         if name in value:
             raise InputError(f"the field {name!r} has a meaning in results and cannot be carried; rename it")
@@ -130,6 +142,7 @@ def _row(value: dict[str, Any], line: int, id: int | str) -> Row:
         max_new_tokens=_whole(value, "max_new_tokens" if value.get("max_new_tokens") is not None else "max_tokens", least=1, most=1 << 31),
         sampling={name: value[name] for name in ROW_PARAMETERS if value.get(name) is not None},
         extra=_extra(value),
+        reply=reply,
     )
 
 
