@@ -10,7 +10,7 @@ import sys
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,12 @@ from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.infer.executor import Executor
 
+if TYPE_CHECKING:
+    from llmctl.core.native.packed import HeldDtype
+
 ExecutorKind = Literal["auto", "native", "torch"]
 
-_NATIVE_DTYPES = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
+_NATIVE_DTYPES: "dict[str, HeldDtype]" = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16"}
 _CPU_TOKEN_COST, _GPU_TOKEN_COST = 0.1, 0.01
 """On a CPU 8 tokens at once took 1.5 (int8) to 2 (4-bit) times as long as one; a GPU waits for memory much longer."""
 _BYTES_A_THREAD = 64 << 10
@@ -111,12 +114,13 @@ def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"
     from llmctl.core.model.facts import num_parameters
     from llmctl.core.model.frequencies import angles
     from llmctl.core.native.executor import NativeExecutor
+    from llmctl.core.native.packed import pack_model
 
     config, family, raw = load_config(path)
     generation = read_generation(path)
     tensors = stored_tensors(path, config, family)
     stored = tensors[0][1].entry.dtype
-    held = _NATIVE_DTYPES[dtype] if dtype is not None else ("bfloat16" if stored == "BF16" and quant is None else "float32")
+    held: HeldDtype = _NATIVE_DTYPES[dtype] if dtype is not None else ("bfloat16" if stored == "BF16" and quant is None else "float32")
     arrays = stored_arrays(tensors) if quant is None else _quantised(stored_arrays(tensors), quant)
     if threads is None:
         number_bytes = {"int8": 1.0, "int4": 0.6}[quant] if quant is not None else 2 if held == "bfloat16" else 4
@@ -124,12 +128,11 @@ def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"
         threads = max(1, min(available_threads(), layer_bytes // 4 // _BYTES_A_THREAD))  # a layer has about four products
     executor = NativeExecutor(
         config,
-        dict(arrays),
-        dtype=held,
+        pack_model(config, arrays, dtype=held, num_threads=threads),
         angles=(lambda num_positions: angles(config, num_positions)) if config.positions == "rope" else None,
         num_threads=threads,
     )
-    for _, tensor in tensors[1:]:  # all but the embeddings are packed now
+    for _, tensor in tensors:  # all are packed now
         tensor.forget()
     number_format = held if quant is None else f"{quant} in {held}"
     return OpenedModel(

@@ -6,33 +6,17 @@ Legend: B rows of a call, T tokens a row, S slots, Hkv key-value heads, D head s
 """
 
 import ctypes
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.native.cache import CACHE_KINDS, Cache, CacheDtype
-from llmctl.core.native.library import (
-    BFLOAT16,
-    FLOAT32,
-    LANES,
-    Int4Matrix,
-    Int8Matrix,
-    Layer,
-    Matrix,
-    Model,
-    PackedMatrix,
-    Session,
-    Step,
-    from_bf16,
-    kind_of,
-    to_bf16,
-)
+from llmctl.core.native.library import LANES, Layer, Matrix, Model, Session, Step
+from llmctl.core.native.packed import PackedModel
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
-_KINDS = {"float32": FLOAT32, "bfloat16": BFLOAT16}
 _MAX_SIZE = 1 << 30
 _MAX_HEAD_SIZE = 1024
 
@@ -64,19 +48,16 @@ def supports(config: ModelConfig) -> str | None:
 class NativeExecutor:
     """Runs the native library over a cache that grows on demand. See `core/infer/executor.py` for the contract.
 
-    `tensors` has the decoder's tensors by name (model/facts.py), float32 or bf16 as uint16, with any strides; they are
-    packed here. `dtype`, "float32" or "bfloat16", is how matrices are held, unless they come as Int8Matrix or Int4Matrix, whose
-    inputs are quantised to int8 as they come; all other arithmetic is float32. The matrices of one product (q, k and v) are of
-    one kind. `cache_dtype` is how keys and values are held; None: float32 for float32 weights, else float16. `angles` gives the
-    rotary angles of a model that has them.
+    Arithmetic is in float32, but that inputs of int8 and 4-bit matrices are quantised to int8 as they come. `cache_dtype` is how
+    keys and values are held; None: float32 where all matrices are float32, else float16. `angles` gives the rotary angles of a
+    model that has them.
     """
 
     def __init__(
         self,
         config: ModelConfig,
-        tensors: Mapping[str, Any],
+        weights: PackedModel,
         *,
-        dtype: str,
         angles: Angles | None,
         num_threads: int = 1,
         cache_dtype: CacheDtype | None = None,
@@ -87,14 +68,12 @@ class NativeExecutor:
         self._session = Session(num_threads)
         self._angles = angles
         self._angle_tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
-        self._kept: list[Any] = []  # what the structs point to
-        self._kind = _KINDS[dtype]
+        self._weights = weights  # what the structs point to
         if cache_dtype is None:
-            quantised = any(isinstance(tensor, Int8Matrix | Int4Matrix) for tensor in tensors.values())
-            cache_dtype = "float16" if quantised or self._kind == BFLOAT16 else "float32"
-        self._layers = (Layer * config.num_layers)(*(self._layer(i, tensors) for i in range(config.num_layers)))
+            cache_dtype = "float16" if weights.is_narrow else "float32"
+        self._layers = (Layer * config.num_layers)(*(self._layer(i) for i in range(config.num_layers)))
         self._cache = Cache(dtype=cache_dtype, num_layers=config.num_layers, num_heads=config.num_kv_heads, head_dim=config.head_dim)
-        self._model = self._whole(tensors)
+        self._model = self._whole()
 
     @property
     def vocab_size(self) -> int:
@@ -209,15 +188,12 @@ class NativeExecutor:
             tables = self._angle_tables = np.ascontiguousarray(cosines, np.float32), np.ascontiguousarray(sines, np.float32)
         return tables
 
-    def _whole(self, tensors: Mapping[str, Any]) -> Model:
-        config = self.config
-        embed = self._pack([tensors["embed.weight"]], [None])
-        bias = tensors.get("head.bias")
-        if config.tie_embeddings:
-            head = embed.with_bias(None if bias is None else self._rounded(bias))
-        else:
-            head = self._pack([tensors["head.weight"]], [bias])
-        self._kept.append(head)
+    def _whole(self) -> Model:
+        config, matrices = self.config, self._weights.matrices
+        embed = matrices["embed"]
+        head = matrices.get("head")
+        if head is None:
+            head = self._tied_head = embed.with_bias(self._weights.vectors.get("head_bias"))
         return Model(
             vocab_size=config.vocab_size,
             hidden_size=config.hidden_size,
@@ -238,75 +214,26 @@ class NativeExecutor:
             embedding_multiplier=config.embedding_multiplier,
             residual_multiplier=config.residual_multiplier,
             logit_multiplier=config.logit_multiplier,
-            positions=self._floats(tensors.get("positions.weight")),
-            final_norm=self._floats(tensors["final_norm.weight"], plus_one=config.norm == "rms" and config.norm_plus_one),
-            final_norm_bias=self._floats(tensors.get("final_norm.bias")),
+            positions=self._vector("positions"),
+            final_norm=self._vector("final_norm"),
+            final_norm_bias=self._vector("final_norm_bias"),
             layers=ctypes.cast(self._layers, ctypes.POINTER(Layer)),
             embed=embed.struct(),
             head=head.struct(),
         )
 
-    def _layer(self, index: int, tensors: Mapping[str, Any]) -> Layer:
-        def matrix(*names: str) -> Matrix:
-            full = [f"layers.{index}.{name}" for name in names]
-            return self._matrix([tensors[f"{name}.weight"] for name in full], [tensors.get(f"{name}.bias") for name in full])
-
-        def floats(name: str) -> int | None:
-            return self._floats(tensors.get(f"layers.{index}.{name}"))
-
-        def scales(name: str, *, rms: bool = self.config.norm == "rms") -> int | None:
-            return self._floats(tensors.get(f"layers.{index}.{name}"), plus_one=rms and self.config.norm_plus_one)
-
-        config = self.config
-        rotates = config.positions == "rope" and (config.rope_layers is None or config.rope_layers[index])
+    def _layer(self, index: int) -> Layer:
+        config, matrices = self.config, self._weights.matrices
+        names = ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm")
         return Layer(
-            qkv=matrix("attn.q", "attn.k", "attn.v"),
-            out=matrix("attn.o"),
-            gate=matrix("mlp.gate") if self.config.gated_mlp else Matrix(),
-            up=matrix("mlp.up"),
-            down=matrix("mlp.down"),
-            attn_norm=scales("attn_norm.weight"),
-            attn_norm_bias=floats("attn_norm.bias"),
-            mlp_norm=scales("mlp_norm.weight"),
-            mlp_norm_bias=floats("mlp_norm.bias"),
-            q_norm=scales("attn.q_norm.weight", rms=True),
-            k_norm=scales("attn.k_norm.weight", rms=True),
+            **{name: matrices[f"layers.{index}.{name}"].struct() for name in ("qkv", "out", "up", "down")},
+            gate=matrices[f"layers.{index}.gate"].struct() if config.gated_mlp else Matrix(),
+            **{name: self._vector(f"layers.{index}.{name}") for name in names},
             window=config.window(index) or 0,
-            rotates=rotates,
+            rotates=config.positions == "rope" and (config.rope_layers is None or config.rope_layers[index]),
         )
 
-    def _matrix(self, parts: list[Any], biases: list[NDArray[Any] | None]) -> Matrix:
-        return self._pack(parts, biases).struct()
-
-    def _pack(self, parts: list[Any], biases: list[NDArray[Any] | None]) -> PackedMatrix:
-        """Matrices of one kind, one below the other, packed and kept."""
-        given = None
-        if any(bias is not None for bias in biases):
-            pairs = zip(parts, biases, strict=True)
-            given = [np.zeros(_num_rows(part), np.float32) if bias is None else self._rounded(bias) for part, bias in pairs]
-        if isinstance(parts[0], Int8Matrix | Int4Matrix):
-            packed = self._session.pack_quantised(parts, biases=given)
-        else:
-            packed = self._session.pack(parts, kind=self._kind, biases=given)
-        self._kept.append(packed)
-        return packed
-
-    def _floats(self, array: NDArray[Any] | None, *, plus_one: bool = False) -> int | None:
-        """The address of the numbers in float32, None for None."""
-        if array is None:
-            return None
-        values = self._rounded(array)
-        if plus_one:
-            values = values + np.float32(1.0)
-        self._kept.append(values)
-        return int(values.ctypes.data)
-
-    def _rounded(self, array: NDArray[Any]) -> NDArray[np.float32]:
-        """In float32, with no more precision than matrices have, so that a model of one dtype is one model."""
-        if kind_of(array) == BFLOAT16:
-            return from_bf16(array)
-        return np.ascontiguousarray(array) if self._kind == FLOAT32 else from_bf16(to_bf16(array))
-
-
-def _num_rows(matrix: Any) -> int:
-    return len(matrix.codes if isinstance(matrix, Int8Matrix | Int4Matrix) else matrix)
+    def _vector(self, name: str) -> int | None:
+        """The address of a vector, None where the model has none."""
+        vector = self._weights.vectors.get(name)
+        return None if vector is None else int(vector.ctypes.data)

@@ -18,6 +18,7 @@ from llmctl.core.model.frequencies import angles
 from llmctl.core.native.cache import CacheDtype
 from llmctl.core.native.executor import NativeExecutor
 from llmctl.core.native.library import ISA_VARIABLE, KERNEL_NAMES, Int4Matrix, Int8Matrix, Unavailable, kernels, load
+from llmctl.core.native.packed import pack_model
 from llmctl.core.quant import layout_for, quantise
 from tests.core.model.families import reference_model
 
@@ -54,7 +55,7 @@ def native(
     config: ModelConfig,
     arrays: dict[str, NDArray[Any]],
     *,
-    dtype: str = "float32",
+    dtype: Literal["float32", "bfloat16"] = "float32",
     num_threads: int = 1,
     num_slots: int = 4,
     capacity: int = 48,
@@ -64,7 +65,8 @@ def native(
     """An executor with a cache, of quantised weights if `quant` says so."""
     tensors: dict[str, Any] = dict(arrays) if quant is None else {name: quantised(name, array, quant) for name, array in arrays.items()}
     turning = (lambda num_positions: angles(config, num_positions)) if config.positions == "rope" else None
-    executor = NativeExecutor(config, tensors, dtype=dtype, angles=turning, num_threads=num_threads, cache_dtype=cache_dtype)
+    packed = pack_model(config, tensors.items(), dtype=dtype, num_threads=num_threads)
+    executor = NativeExecutor(config, packed, angles=turning, num_threads=num_threads, cache_dtype=cache_dtype)
     executor.reserve(num_slots=num_slots, capacity=capacity)
     return executor
 
