@@ -73,7 +73,7 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
         wanted = parsed_rows(lines)
         if shard is not None:
             wanted = sharded(wanted, shard)
-        _answer(config, shell, generator, wanted, seed, results, num_lines, stats)
+        _answer(config, shell, generator, wanted, seed, results, num_lines, stats, is_shard=shard is not None and results is not None)
 
 
 def torchrun_shard(environ: Mapping[str, str]) -> tuple[int, int] | None:
@@ -179,6 +179,8 @@ def _answer(
     results: "ResultFile | None",
     num_lines: int | None,
     stats: Stats,
+    *,
+    is_shard: bool,
 ) -> None:
     from llmctl.core.infer.batch import BatchFinished, BatchSettings, RowDone, RowFailed, run_batch
     from llmctl.core.infer.defaults import merged
@@ -195,6 +197,7 @@ def _answer(
         ignore_eos=config.ignore_eos,
         min_new_tokens=config.min_new_tokens or 0,
         ordered=config.ordered,
+        tell_line=is_shard,
     )
     first_error, num_failed, num_prompt_tokens, started_s = "", 0, 0, time.monotonic()
     stats.start()

@@ -75,6 +75,8 @@ class BatchSettings:
     min_new_tokens: int = 0
     ordered: bool = False
     """Give results in the order of the rows: one that is finished early waits for those before it."""
+    tell_line: bool = False
+    """Put the line of the input into each result, by which shards are joined in order."""
 
 
 @dataclass
@@ -225,6 +227,14 @@ class _Job:
         self._num_places += 1
         return self._num_places - 1
 
+    def _told(self, row: dict[str, Any], pending: _Pending) -> dict[str, Any]:
+        """A result with what stands at its end where there is something to tell."""
+        if pending.num_cut:
+            row["num_cut"] = pending.num_cut
+        if self._settings.tell_line:
+            row["line"] = pending.row.line
+        return row
+
     def _given(self, outcome: RowDone | RowFailed, place: int) -> Iterator[RowDone | RowFailed]:
         """Write the outcomes whose turn has come, and give them."""
         for due in [outcome] if self._order is None else self._order.put(place, outcome):
@@ -264,9 +274,7 @@ class _Job:
             row["score"] = event.score
         if event.logprobs is not None and self._settings.num_logprobs is not None:
             row["logprobs"] = logprob_rows(event.token_ids, event.logprobs, self._generator.tokenizer.token_text)
-        if pending.num_cut:
-            row["num_cut"] = pending.num_cut
-        outcome = RowDone(row=row, num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
+        outcome = RowDone(row=self._told(row, pending), num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
         yield from self._given(outcome, pending.place)
 
     def _chosen(self, event: Finished, pending: _Pending, choices: _Choices) -> Iterator[RowDone | RowFailed]:
@@ -278,10 +286,8 @@ class _Job:
         model, token_text = self._generator.path.name, self._generator.tokenizer.token_text
         row = answer(choices.reply, str(event.id), texts, model=model, token_text=token_text)
         row |= pending.row.extra
-        if pending.num_cut:
-            row["num_cut"] = pending.num_cut
         outcome = RowDone(
-            row=row,
+            row=self._told(row, pending),
             num_prompt_tokens=event.num_prompt_tokens,
             num_new_tokens=sum(text.num_new_tokens for text in texts),
             num_texts=self._settings.num_samples,
