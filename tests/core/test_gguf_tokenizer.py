@@ -10,6 +10,7 @@ from tokenizers import decoders, models, normalizers, pre_tokenizers, trainers
 
 from llmctl.core.checkpoint import load_tokenizer
 from llmctl.core.errors import InputError
+from llmctl.core.gguf import GgufFile
 
 gguf = pytest.importorskip("gguf")
 
@@ -75,7 +76,7 @@ def test_a_byte_level_tokenizer_is_recovered(name: str, tmp_path: Path) -> None:
         assert tokenizer.decode(ids) == line
 
 
-def sentencepiece_file(path: Path, *, architecture: str) -> None:
+def sentencepiece_file(path: Path, *, architecture: str, prefix: bool = True) -> None:
     """A vocabulary as SentencePiece trains it: special tokens, bytes, pieces with scores, best first; Gemma's with runs of spaces."""
     backend = Backend(models.BPE())
     backend.normalizer = normalizers.Sequence([normalizers.Prepend("▁"), normalizers.Replace(" ", "▁")])
@@ -99,6 +100,7 @@ def sentencepiece_file(path: Path, *, architecture: str) -> None:
     writer.add_bos_token_id(special.index("<bos>" if gemma else "<s>"))
     writer.add_eos_token_id(special.index("<eos>" if gemma else "</s>"))
     writer.add_unk_token_id(special.index("<unk>"))
+    writer.add_add_space_prefix(prefix and not gemma)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -124,6 +126,53 @@ def test_a_sentencepiece_tokenizer_is_recovered_as_transformers_does(architectur
         if architecture == "gemma3":
             assert ours.decode(ids) == line
     assert len({len(theirs.encode(word, add_special_tokens=False).ids) for word in ("there", "xyzzy")}) == 2
+
+
+@pytest.mark.parametrize("prefix", [True, False])
+@pytest.mark.parametrize("architecture", ["llama", "gemma3"])
+def test_a_sentencepiece_tokenizer_goes_out_with_the_scores_order_and_kinds_it_came_in_with(
+    architecture: str, prefix: bool, tmp_path: Path
+) -> None:
+    from llmctl.core.export.gguf_tokenizer import tokenizer_metadata
+
+    sentencepiece_file(tmp_path / "t.gguf", architecture=architecture, prefix=prefix)
+    original, tokenizer = GgufFile(tmp_path / "t.gguf").metadata, load_tokenizer(tmp_path / "t.gguf")
+    count = len(original["tokenizer.ggml.tokens"])
+    found = tokenizer_metadata(tokenizer, architecture=architecture, vocab_size=count + 2, eos_ids=())
+    assert found["tokenizer.ggml.add_space_prefix"] is (prefix and architecture == "llama")
+    assert found["tokenizer.ggml.tokens"][count:] == [f"[PAD{count}]", f"[PAD{count + 1}]"]
+    for key in ("bos", "eos", "unknown"):
+        assert found[f"tokenizer.ggml.{key}_token_id"] == original[f"tokenizer.ggml.{key}_token_id"]
+    scores, kinds = found["tokenizer.ggml.scores"], found["tokenizer.ggml.token_type"]
+    pieces = [i for i in range(count) if original["tokenizer.ggml.token_type"][i] == 1]
+    joined = [i for i in pieces if scores[i] > -1000.0 and len(original["tokenizer.ggml.tokens"][i]) > 1]
+    assert len(joined) > 20
+    by_original = sorted(joined, key=lambda i: -original["tokenizer.ggml.scores"][i])
+    assert sorted(joined, key=lambda i: -scores[i]) == by_original
+    unknown = original["tokenizer.ggml.unknown_token_id"]
+    for i, kind in enumerate(original["tokenizer.ggml.token_type"]):
+        if kind in (3, 6):
+            assert kinds[i] == (2 if i == unknown else kind)
+
+
+def test_a_tokenizer_that_scores_cannot_say_is_refused() -> None:
+    """Its list joins b and c, but not a and bc, which SentencePiece would, since abc is a piece."""
+    from llmctl.core.export.gguf_tokenizer import tokenizer_metadata
+    from llmctl.core.tokenizer import Tokenizer
+
+    pieces = ["<unk>", *(f"<0x{value:02X}>" for value in range(256)), *"Helo,bcw", "He", "ll", "llo", "Hello"]
+    model = models.BPE(
+        vocab={piece: i for i, piece in enumerate(pieces)},
+        merges=[("H", "e"), ("l", "l"), ("ll", "o")],
+        unk_token="<unk>",
+        fuse_unk=True,
+        byte_fallback=True,
+    )
+    backend = Backend(model)
+    backend.decoder = decoders.Sequence([decoders.ByteFallback(), decoders.Fuse()])
+    tokenizer = Tokenizer.from_parts(backend, bos=None, eos=None, pad=None)
+    with pytest.raises(InputError, match="no way to join pieces by score"):
+        tokenizer_metadata(tokenizer, architecture="llama", vocab_size=len(pieces), eos_ids=())
 
 
 @pytest.mark.parametrize(

@@ -31,6 +31,7 @@ from llmctl.core.data.wordvectors import read_vectors, vector_names, write_vecto
 from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError
 from llmctl.core.export import gguf
 from llmctl.core.export.events import Event, Opened, Verified, Warned, Written
+from llmctl.core.export.gguf_tokenizer import tokenizer_metadata
 from llmctl.core.export.verify import Compared, compare, logits_of, probe, read_by_transformers, read_by_us
 from llmctl.core.families.gguf import family_record
 from llmctl.core.files import atomic_dir, atomic_path, check_out_dir, check_out_file, read_json, write_text
@@ -151,7 +152,7 @@ class _Job:
                 f" becomes {held.max_positions:,}, within which the model is the same"
             )
         self._tokens = probe(held.vocab_size, held.max_positions)
-        words = gguf.tokenizer_metadata(tokenizer, vocab_size=config.vocab_size, eos_ids=loaded.eos_ids)
+        words = tokenizer_metadata(tokenizer, architecture=record.architecture, vocab_size=config.vocab_size, eos_ids=loaded.eos_ids)
         state = loaded.model.state_dict()
         arrays = {name: _numbers(tensor).float().numpy() for name, tensor in state.items()}
         narrow = sorted(n for n, a in arrays.items() if kind.startswith("Q") and gguf.kind_of(n, a.shape, kind) == "F16")

@@ -1,44 +1,29 @@
-"""Models as GGUF files, for llama.cpp and what builds on it: metadata, tokenizer, weights. Knows GGUF's terms; opens no model.
+"""Models as GGUF files, for llama.cpp and what builds on it: metadata and weights. Knows GGUF's terms; opens no model.
 
 The keys and the handling of each are those of llama.cpp's convert_hf_to_gguf.py; the bytes are written by its gguf package.
 Nothing is written that our own reader would not read as the same model: a fact that GGUF has no key for is refused.
 """
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.config.model import ModelConfig, RopeScaling
-from llmctl.core.data.wordvectors import vocabulary
 from llmctl.core.errors import InputError, MissingExtraError, write_error
 from llmctl.core.families.base import bind
 from llmctl.core.families.gguf import GgufFamily, pairs_from_halves
 from llmctl.core.families.gguf_metadata import Metadata
 from llmctl.core.families.gguf_names import HEAD
 from llmctl.core.families.gguf_rope import rope_tensors, with_rope_tensors
-from llmctl.core.families.gguf_tokenizer import PRE_TOKENIZERS, tokenizer_from_gguf
 from llmctl.core.model.facts import tensor_shapes
 from llmctl.core.quant import GROUP, layout_for
 
-if TYPE_CHECKING:
-    from llmctl.core.tokenizer import Tokenizer
-
-_PRE_TOKENIZERS = ("gpt-2", "smollm", "llama-bpe", "dbrx", "qwen2", "stablelm2")
-"""One name of llama.cpp's for each rule that we know."""
-_NORMAL, _CONTROL, _USER_DEFINED, _UNUSED = 1, 3, 4, 5
 _NOT_IN_GGUF = ("initializer_range", "scale_residual_init")
 """Facts that matter for training only."""
-_PROBES = (
-    "Hello world, it's 3.14159 or 1,234,567!  Two  spaces   three\tand\ttabs\n\nnew lines\r\n \n  end ",
-    "I'll we've they'd DON'T you're 's 'S café naïve Ünïcödé ﬁ ½ x² 日本語のテキスト 한국어 русский العربية ไทย",
-    "def f(x):\n    return x**2  # comment\n\n\n\tif (a != b) { c += d[0]; } 2024-01-01 0x1F 12 123 1234 12345",
-    "emoji 😀👩‍👩‍👧‍👦🏳️‍🌈 \u200b\u00a0nbsp e\u0301 A\u030a \u2028 zero\u0000byte ... !!! ??? $%^&*()_+-=[]{}|;:'\",.<>/?`~\\",
-)
 
 
 def need_package() -> Any:
@@ -188,49 +173,3 @@ def _reordered(array: NDArray[np.float32], name: str, config: ModelConfig, recor
         reordered: NDArray[np.float32] = pairs_from_halves(array, config.head_dim)
         return reordered
     return array
-
-
-def tokenizer_metadata(tokenizer: "Tokenizer", *, vocab_size: int, eos_ids: Sequence[int]) -> dict[str, Any]:
-    """The tokenizer's keys, chat template included. Ids that the tokenizer does not have become unused tokens.
-
-    llama.cpp names its pre-tokenizers and holds their rules itself: the name is found by trying each on texts that tell
-    them apart. Raises InputError when none gives the tokenizer's ids, and for a kind that is not byte-level BPE.
-    """
-    content = json.loads(tokenizer.to_json())
-    if content["model"].get("type") != "BPE" or not tokenizer.is_byte_level:
-        raise InputError("only byte-level BPE tokenizers can be written as GGUF")
-    if not content["model"]["merges"]:
-        raise InputError("the tokenizer has no merges, and llama.cpp reads no such file; the model cannot be written as GGUF")
-    known = vocabulary(tokenizer)
-    added = {entry["id"]: _CONTROL if entry["special"] else _USER_DEFINED for entry in content["added_tokens"]}
-    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in content["model"]["merges"]]
-    values: dict[str, Any] = {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.tokens": [known.get(i, f"[PAD{i}]") for i in range(vocab_size)],
-        "tokenizer.ggml.token_type": [added.get(i, _NORMAL if i in known else _UNUSED) for i in range(vocab_size)],
-        "tokenizer.ggml.merges": merges,
-        "tokenizer.ggml.add_bos_token": tokenizer.adds_bos,
-    }
-    eos = [*eos_ids, *([tokenizer.eos_id] if tokenizer.eos_id is not None and not eos_ids else [])]
-    ids = {"bos": tokenizer.bos_id, "eos": eos[0] if eos else None, "eot": eos[1] if len(eos) > 1 else None, "padding": tokenizer.pad_id}
-    values |= {f"tokenizer.ggml.{name}_token_id": value for name, value in ids.items() if value is not None}
-    if tokenizer.chat_template is not None:
-        values["tokenizer.chat_template"] = tokenizer.chat_template
-    probes = probes_for(tokenizer, known)
-    wanted = tokenizer.encode_batch(probes)
-    for name in _PRE_TOKENIZERS:
-        if name in PRE_TOKENIZERS:
-            candidate = tokenizer_from_gguf({**values, "tokenizer.ggml.pre": name}, where="the tokenizer")
-            if candidate.encode_batch(probes) == wanted:
-                return {**values, "tokenizer.ggml.pre": name}
-    raise InputError(
-        f"llama.cpp has no pre-tokenizer that splits text as this tokenizer does (tried {', '.join(_PRE_TOKENIZERS)});"
-        " the model cannot be written as GGUF"
-    )
-
-
-def probes_for(tokenizer: "Tokenizer", known: Mapping[int, str]) -> list[str]:
-    """Texts that tell tokenizers apart: odd ones, and a sample of the vocabulary itself."""
-    ordinary = [i for i in known if i not in tokenizer.special_ids]
-    sample = ordinary[:: max(1, len(ordinary) // 2000)]
-    return [*_PROBES, *(tokenizer.decode(sample[start : start + 50]) for start in range(0, len(sample), 50))]

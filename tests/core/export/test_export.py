@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import torch
 import transformers
 
@@ -19,6 +20,7 @@ from llmctl.core.gguf import GgufFile
 from tests.core.export.tiny import make_model
 from tests.core.gguf_writer import write_model
 from tests.core.model.families import random_tokens
+from tests.core.test_gguf_tokenizer import sentencepiece_file
 
 gguf = pytest.importorskip("gguf")
 
@@ -162,6 +164,18 @@ def test_the_tokenizer_in_a_gguf_gives_the_same_ids_and_chats(split: str, name: 
     assert theirs.convert_ids_to_tokens(list(range(20))) == transformers.AutoTokenizer.from_pretrained(folder).convert_ids_to_tokens(
         list(range(20))
     )
+
+
+def test_a_sentencepiece_tokenizer_goes_into_gguf(tmp_path: Path) -> None:
+    sentencepiece_file(tmp_path / "words.gguf", architecture="llama")
+    backend = tokenizers.Tokenizer.from_str(load_tokenizer(tmp_path / "words.gguf").to_json())
+    folder = make_model(tmp_path / "m", backend=backend, vocab_size=500)
+    assert verified(run(folder, tmp_path / "m.gguf", format="gguf")).tokenizer_checked
+    metadata = GgufFile(tmp_path / "m.gguf").metadata
+    assert metadata["tokenizer.ggml.model"] == "llama"
+    theirs, ours = transformers.AutoTokenizer.from_pretrained(tmp_path, gguf_file="m.gguf"), load_tokenizer(folder)
+    for text in ("Once upon a time", "  two   spaces, 1984", "été 世界 \U0001f600"):
+        assert theirs(text, add_special_tokens=False)["input_ids"] == ours.encode(text, add_bos=False), text
 
 
 @pytest.mark.parametrize(
