@@ -152,7 +152,7 @@ _llmctl() {
             esac
             ;;
         'tokenize pack')
-            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
                 --tokenizer|--val-data|--config|-c) values='file' ;;
@@ -161,6 +161,7 @@ _llmctl() {
                 --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers) values='any' ;;
                 --on-error) values='stop skip' ;;
                 --val-by) values='hash tail' ;;
+                --encoder) values='auto tokenizers' ;;
             esac
             ;;
         'tokenize verify')

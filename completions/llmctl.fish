@@ -379,6 +379,7 @@ complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l val-data -r -F -d 'Inpu
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l split-seed -x -d 'Key of the hash that holds documents out'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l shard-tokens -x -d 'Ids in a full shard'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l workers -x -d 'Processes that encode; the result is the same for any number'
+complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l encoder -x -a 'auto tokenizers' -d 'auto: gigatoken where its ids are proven equal to those of tokenizers on a sample as it goes, else tokenizers'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l overwrite -d 'Replace what an earlier, different packing left in the folder'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l no-overwrite -d 'The opposite of --overwrite'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l config -s c -r -F -d 'Read settings from a TOML file'

@@ -19,7 +19,7 @@ from llmctl.core.errors import InputError, LlmctlError, NotFoundError, PartialFa
 from llmctl.core.files import atomic_dir, check_out_dir
 
 if TYPE_CHECKING:
-    from llmctl.core.data.encode import RecordError
+    from llmctl.core.data.records import RecordError
     from llmctl.core.data.sources import Source
     from llmctl.core.data.texts import TextPiece
     from llmctl.core.tokenizer import Tokenizer, TokenizerTrained
@@ -178,30 +178,30 @@ class _Count:
 def count(config: CountConfig, shell: Shell) -> None:
     """Run `llmctl tokenize count`."""
     from llmctl.cli.tokenizer_reference import open_tokenizer
-    from llmctl.core.data.encode import may_cut
+    from llmctl.core.data.cuts import may_cut
     from llmctl.core.data.sources import find_sources
 
     sources = find_sources(config.inputs or ("-",), format=config.format)  # type: ignore[arg-type]
     tokenizer = open_tokenizer(str(config.tokenizer))
-    corpus = _Corpus(sources, config, shell, may_cut=may_cut(json.loads(tokenizer.to_json())))
+    corpus = _Corpus(sources, config, shell, may_cut=may_cut(tokenizer.structure))
     counts = [_Count() for _ in sources]
     num_special = 0
-    batch: list[TextPiece] = []
+    batch: list[tuple[_Count, str]] = []
     batch_bytes = 0
 
     def finish() -> None:
-        rows = tokenizer.encode_batch([piece.text for piece in batch], allow_special=config.allow_special, add_bos=False)
-        for piece, ids in zip(batch, rows, strict=True):
-            counts[piece.source].tokens += len(ids)
+        encoded = tokenizer.encode_batch([text for _, text in batch], allow_special=config.allow_special, add_bos=False)
+        for (row, _), ids in zip(batch, encoded, strict=True):
+            row.tokens += len(ids)
 
     for piece in corpus.pieces():
-        row = counts[piece.source]
-        row.bytes += piece.num_bytes
-        row.characters += len(piece.text)
+        row, text = counts[piece.source], piece.data.decode()
+        row.bytes += len(piece.data)
+        row.characters += len(text)
         row.documents += piece.starts_document
-        num_special += tokenizer.count_special(piece.text)
-        batch.append(piece)
-        batch_bytes += piece.num_bytes
+        num_special += tokenizer.count_special(text)
+        batch.append((row, text))
+        batch_bytes += len(piece.data)
         if batch_bytes >= _BATCH_BYTES:
             finish()
             batch, batch_bytes = [], 0
@@ -243,11 +243,11 @@ class _Corpus:
 
     def texts(self) -> Iterator[str]:
         """The text of each piece."""
-        return (piece.text for piece in self.pieces())
+        return (piece.data.decode() for piece in self.pieces())
 
     def pieces(self) -> Iterator["TextPiece"]:
         """What can be read. Raises InputError at what cannot, unless it is to be skipped."""
-        from llmctl.core.data.encode import RecordError
+        from llmctl.core.data.records import RecordError
         from llmctl.core.data.texts import read_texts
 
         stdin = None if sys.stdin is None else sys.stdin.buffer

@@ -4,7 +4,7 @@ import dataclasses
 import json
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -17,7 +17,7 @@ from llmctl.core.errors import InputError, PartialFailure
 from llmctl.core.files import check_out_dir
 
 if TYPE_CHECKING:
-    from llmctl.core.data.pack import Packed, PackPlanned, SplitSummary
+    from llmctl.core.data.packevents import Packed, PackPlanned, SplitSummary
 
 PACK_HELP = """Encode a corpus into token shards for `llmctl pretrain`.
 
@@ -40,13 +40,14 @@ def pack(config: PackConfig, shell: Shell) -> None:
     """Run `llmctl tokenize pack`."""
     check_out_dir(Path(str(config.out_dir)))
     from llmctl.cli.tokenizer_reference import open_tokenizer
-    from llmctl.core.data import pack as core
+    from llmctl.core.data import packevents as core
+    from llmctl.core.data.pack import pack as events_of
 
     stdin = None if sys.stdin is None else sys.stdin.buffer
     done: core.Packed | None = None
-    with stop_flag() as stop, shell.progress() as progress:
+    with stop_flag() as stop, shell.progress(*_columns()) as progress:
         task = progress.add_task("packing", total=None)
-        for event in core.pack(config, tokenizer=open_tokenizer(str(config.tokenizer)), stdin=stdin, stop=stop):
+        for event in events_of(config, tokenizer=open_tokenizer(str(config.tokenizer)), stdin=stdin, stop=stop):
             if isinstance(event, core.PackPlanned):
                 _show_plan(event, shell)
             elif isinstance(event, core.PackProgress):
@@ -65,6 +66,14 @@ def pack(config: PackConfig, shell: Shell) -> None:
             "1 record could not be read and was" if done.num_errors == 1 else f"{done.num_errors:,} records could not be read and were"
         )
         raise PartialFailure(f"{records} left out; {done.errors_file} lists them")
+
+
+def _columns() -> tuple[Any, ...]:
+    """What a bar of bytes shows: how far, how fast, how long still."""
+    from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+
+    description = TextColumn("{task.description}")
+    return description, BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
 
 
 def _show_plan(plan: "PackPlanned", shell: Shell) -> None:
@@ -90,8 +99,15 @@ def _show_result(done: "Packed", shell: Shell) -> None:
     _show_split("train", done.train, shell)
     if done.val is not None:
         _show_split("val", done.val, shell)
-    if not done.already_complete:
-        shell.note(f"packed into {done.directory}")
+    if done.already_complete:
+        return
+    num_bytes = sum(split.num_bytes for split in (done.train, done.val) if split is not None)
+    rate = f" in {done.elapsed_s:.1f} s ({num_bytes / 1e6 / done.elapsed_s:.1f} MB/s)" if done.elapsed_s else ""
+    shell.note(f"packed into {done.directory}{rate}")
+    if done.encoder == "gigatoken":
+        shell.detail(f"encoded by gigatoken; {done.num_checked_bytes:,} bytes were encoded by tokenizers too, and the ids are equal")
+    else:
+        shell.detail(f"encoded by tokenizers{f'; gigatoken was not used: {done.encoder_reason}' if done.encoder_reason else ''}")
 
 
 def _show_split(name: str, split: "SplitSummary", shell: Shell) -> None:
@@ -106,7 +122,7 @@ def verify(config: VerifyConfig, shell: Shell) -> None:
 
     damage: list[str] = []
     done: core.Verified | None = None
-    with stop_flag() as stop, shell.progress() as progress:
+    with stop_flag() as stop, shell.progress(*_columns()) as progress:
         task = progress.add_task("verifying", total=None)
         for event in core.verify(Path(str(config.directory)), stop=stop):
             if isinstance(event, core.VerifyProgress):

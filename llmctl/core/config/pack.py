@@ -59,6 +59,11 @@ class PackConfig:
         maximum=1024,
         metavar="N",
     )
+    encoder: str = option(
+        "auto",
+        "auto: gigatoken where its ids are proven equal to those of tokenizers on a sample as it goes, else tokenizers.",
+        choices=("auto", "tokenizers"),
+    )
     overwrite: bool = option(False, "Replace what an earlier, different packing left in the folder.", panel=_OUTPUT)
 
     def __post_init__(self) -> None:

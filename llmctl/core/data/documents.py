@@ -1,16 +1,17 @@
-"""A corpus as pieces of documents: lines of JSON, or UTF-8 text cut where no token crosses. Knows bytes; knows no ids.
+"""A corpus as pieces: blocks of lines that are documents, or UTF-8 text cut where no token crosses. Knows bytes; knows no ids.
 
-Only as much is looked at here as finding the ends of documents takes: decoding, parsing and encoding are the workers'
-work (see encode.py). A text file may be larger than memory, so it comes in pieces of about a mebibyte.
+Only as much is looked at here as cutting takes, and nothing is done line by line where a block will do: dividing it into
+documents, decoding, parsing and encoding are the workers' work (see encode.py). A file may be larger than memory, so it
+comes in pieces of about a mebibyte.
 """
 
 import hashlib
 import itertools
-import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import IO, Literal
 
+from llmctl.core.data.cuts import first_cut, last_cut
 from llmctl.core.data.sources import OpenSource, Source
 from llmctl.core.errors import InputError
 
@@ -23,20 +24,24 @@ _LOOKAHEAD_BYTES = 8
 """More than the character after a newline takes."""
 
 
+Form = Literal["text", "lines", "jsonl"]
+
+
 @dataclass(frozen=True, slots=True)
 class Piece:
-    """A document or a part of one, as it was read. `data` is a line of JSON if `is_json`, else UTF-8 text.
+    """Something that was read, by `form`: "text" is a document or a part of one; "lines" and "jsonl" are whole lines,
+    each a document or a JSON record if it is not blank (see `lines_of`).
 
-    `is_val` is None where the split is not known yet (JSON: the text must be parsed first). `line` (from 1) and
-    `offset` (bytes from 0) say where it stands in the decompressed source number `source`. `error` says why there is
-    no data: the piece stands for something that could not be read.
+    `is_val` is None where the split is not known yet. `line` (from 1) and `offset` (bytes from 0) say where it stands in
+    the decompressed source number `source`. `error` says why there is no data: the piece stands for something that could
+    not be read.
     """
 
     source: int
     line: int
     offset: int
     data: bytes
-    is_json: bool = False
+    form: Form = "text"
     starts_document: bool = True
     ends_document: bool = True
     is_val: bool | None = None
@@ -92,11 +97,13 @@ class ReadRules:
 
 
 @dataclass(frozen=True, slots=True)
-class _Line:
+class Line:
+    """A line of a source, without its newline. `num_bytes` as it stands there; more than len(data) when it was too long to keep."""
+
     number: int
     offset: int
-    data: bytes  # without its newline
-    num_bytes: int  # of the line as it stands in the file, newline not counted; more than len(data) when it was too long
+    data: bytes
+    num_bytes: int
 
 
 def read_pieces(source: Source, number: int, *, rules: ReadRules, stdin: IO[bytes] | None = None) -> Iterator[tuple[Piece, int]]:
@@ -105,14 +112,15 @@ def read_pieces(source: Source, number: int, *, rules: ReadRules, stdin: IO[byte
         if source.format == "text" and rules.separator is None:
             pieces = _whole_text(opened, number, rules)
         elif source.format in ("lines", "jsonl"):
-            pieces = _by_line(opened, number, rules, is_json=source.format == "jsonl")
+            pieces = _by_line(opened, number, rules, "jsonl" if source.format == "jsonl" else "lines")
         else:
             pieces = _by_separator(opened, number, rules)
         for piece in pieces:
             yield piece, opened.num_bytes_taken
 
 
-def _too_long(what: str, num_bytes: int, limit: int) -> str:
+def too_long(what: str, num_bytes: int, limit: int) -> str:
+    """The message about a line or a document of more than `limit` bytes."""
     return f"{what} is {_megabytes(num_bytes)}, the limit is {_megabytes(limit)} (--max-line-bytes)"
 
 
@@ -120,7 +128,7 @@ def _megabytes(num_bytes: int) -> str:
     return f"{num_bytes / 1e6:.4g} MB" if num_bytes >= 1e5 else f"{num_bytes:,} bytes"
 
 
-def _lines(opened: OpenSource, limit: int) -> Iterator[_Line]:
+def _lines(opened: OpenSource, limit: int) -> Iterator[Line]:
     """Lines, with at most `limit` bytes of each in memory: of a longer one only the length is kept."""
     parts: list[bytes] = []
     number, start, held = 1, opened.offset, 0
@@ -128,7 +136,7 @@ def _lines(opened: OpenSource, limit: int) -> Iterator[_Line]:
         *ends, rest = block.split(b"\n")
         for end in ends:
             held += len(end)
-            yield _Line(number, start, b"".join((*parts, end)) if held <= limit else b"", held)
+            yield Line(number, start, b"".join((*parts, end)) if held <= limit else b"", held)
             number, start, parts, held = number + 1, start + held + 1, [], 0
         held += len(rest)
         if held <= limit:
@@ -136,26 +144,73 @@ def _lines(opened: OpenSource, limit: int) -> Iterator[_Line]:
         else:
             parts = []
     if held:
-        yield _Line(number, start, b"".join(parts) if held <= limit else b"", held)
+        yield Line(number, start, b"".join(parts) if held <= limit else b"", held)
 
 
-def _by_line(opened: OpenSource, number: int, rules: ReadRules, *, is_json: bool) -> Iterator[Piece]:
-    """Each line that is not blank is a document."""
-    for line in _lines(opened, rules.max_line_bytes):
-        if line.num_bytes > rules.max_line_bytes:
-            error = _too_long(f"line {line.number}", line.num_bytes, rules.max_line_bytes)
-            yield Piece(number, line.number, line.offset, b"", is_json, error=error)
-        elif is_json and line.data.strip():
-            is_val = {"all": True, "none": False}.get(rules.split.kind)
-            yield Piece(number, line.number, line.offset, line.data, is_json, is_val=is_val)
-        elif (data := line.data.removesuffix(b"\r")) and not data.isspace():
-            yield from _text_document(number, line.number, line.offset, data, rules)
+def _by_line(opened: OpenSource, number: int, rules: ReadRules, form: Form) -> Iterator[Piece]:
+    """Whole lines in pieces that end at the last newline in the first PIECE_BYTES; a line longer than that is a piece of
+    its own, or an error. So how the blocks fall changes nothing."""
+    is_val = {"all": True, "none": False}.get(rules.split.kind)
+    held = bytearray()
+    line, offset, looked = 1, opened.offset, 0  # no newline in held[:looked]
+    for block in itertools.chain(_blocks(opened), [b""]):
+        held += block
+        while len(held) > PIECE_BYTES or (held and not block):
+            if not block and len(held) <= PIECE_BYTES:
+                cut = len(held)
+            else:
+                cut = held.rfind(b"\n", 0, PIECE_BYTES) + 1 or held.find(b"\n", max(looked, PIECE_BYTES)) + 1 or (0 if block else len(held))
+            if not cut:
+                looked = len(held)
+                if looked <= rules.max_line_bytes:
+                    break
+                num_bytes, rest = _pass_over(held, opened)
+                held = bytearray(rest)
+            else:
+                data = _taken(held, cut)
+                num_bytes = cut - data.endswith(b"\n")
+                if cut <= PIECE_BYTES or num_bytes <= rules.max_line_bytes:
+                    yield Piece(number, line, offset, data, form, is_val=is_val)
+                    line, offset, looked = line + data.count(b"\n"), offset + cut, 0
+                    continue
+            error = too_long(f"line {line}", num_bytes, rules.max_line_bytes)
+            yield Piece(number, line, offset, b"", form, error=error)
+            line, offset, looked = line + 1, offset + num_bytes + 1, 0
+
+
+def _pass_over(held: bytearray, opened: OpenSource) -> tuple[int, bytes]:
+    """The length of the line that begins with `held`, read on and not kept, and what was read after it."""
+    num_bytes = len(held)
+    for block in _blocks(opened):
+        end = block.find(b"\n")
+        if end >= 0:
+            return num_bytes + end, block[end + 1 :]
+        num_bytes += len(block)
+    return num_bytes, b""
+
+
+def _taken(held: bytearray, num_bytes: int) -> bytes:
+    """The first `num_bytes` of `held`, removed from it."""
+    with memoryview(held) as view:
+        data = bytes(view[:num_bytes])
+    del held[:num_bytes]
+    return data
+
+
+def lines_of(piece: Piece) -> Iterator[Line]:
+    """The lines of a piece of form "lines" or "jsonl" that are not blank, without their ends."""
+    offset = piece.offset
+    for number, line in enumerate(piece.data.split(b"\n"), piece.line):
+        data = line.removesuffix(b"\r") if piece.form == "lines" else line
+        if data and not data.isspace():
+            yield Line(number, offset, data, len(line))
+        offset += len(line) + 1
 
 
 def _by_separator(opened: OpenSource, number: int, rules: ReadRules) -> Iterator[Piece]:
     """Documents end at a line that is the separator; without one ("paragraphs") at a blank line."""
     separator = None if rules.separator is None else rules.separator.encode()
-    held: list[_Line] = []
+    held: list[Line] = []
     num_bytes = 0
 
     def finish() -> Iterator[Piece]:
@@ -178,7 +233,7 @@ def _by_separator(opened: OpenSource, number: int, rules: ReadRules) -> Iterator
         num_bytes += line.num_bytes + 1
         if num_bytes > rules.max_line_bytes + 1 and not skipping:
             what = f"line {line.number}" if line.num_bytes > rules.max_line_bytes else f"the document up to line {line.number}"
-            yield Piece(number, line.number, line.offset, b"", error=_too_long(what, max(line.num_bytes, num_bytes), rules.max_line_bytes))
+            yield Piece(number, line.number, line.offset, b"", error=too_long(what, max(line.num_bytes, num_bytes), rules.max_line_bytes))
             held, skipping = [], True
         if not skipping:
             held.append(line)
@@ -286,8 +341,7 @@ def _cut_up(blocks: Iterator[bytes], number: int, line: int, offset: int, rules:
             if cut is None:
                 looked = len(held) - _LOOKAHEAD_BYTES
                 break
-            data = bytes(held[:cut])
-            del held[:cut]
+            data = _taken(held, cut)
             yield Piece(number, line, offset, data, starts_document=starts, ends_document=False, is_val=is_val)
             starts, looked, line, offset = False, PIECE_BYTES, line + data.count(b"\n"), offset + len(data)
         if len(held) > limit + _LOOKAHEAD_BYTES:
@@ -306,56 +360,11 @@ def _cannot_cut(held: bytearray, blocks: Iterator[bytes], line: int, limit: int,
         for end in ends:
             line_bytes += len(end)
             if line_bytes > limit:
-                return _too_long(f"line {line}", line_bytes, limit)
+                return too_long(f"line {line}", line_bytes, limit)
             line, line_bytes = line + 1, 0
         line_bytes += len(rest)
         num_bytes += len(block)
     if line_bytes > limit:
-        return _too_long(f"line {line}", line_bytes, limit)
+        return too_long(f"line {line}", line_bytes, limit)
     why = "has no place to cut it" if may_cut else "cannot be cut for this tokenizer"
-    return _too_long(f"a document {why} and", num_bytes, limit)
-
-
-def last_cut(data: bytes | bytearray, stop: int) -> int | None:
-    """The last place in [1, stop) where UTF-8 text may be cut without changing its ids; None if there is none.
-
-    The pre-tokenisers of GPT-2, Llama 3, Qwen and o200k end a word (a) after a single newline between something that is
-    no blank and a letter or digit, and (b) before a newline that follows a letter or digit. Elsewhere a pattern may join
-    the two sides, or look ahead: GPT-2 takes the last blank of a run apart, unless the text ends there.
-    """
-    while (newline := data.rfind(b"\n", 0, stop)) >= 0:
-        cut = _cut_beside(data, newline)
-        if cut is not None and 0 < cut < stop:
-            return cut
-        stop = newline
-    return None
-
-
-def first_cut(data: bytes | bytearray, start: int, stop: int) -> int | None:
-    """The place to cut beside the first newline in [start, stop) that has one."""
-    while (newline := data.find(b"\n", start, stop)) >= 0:
-        cut = _cut_beside(data, newline)
-        if cut:
-            return cut
-        start = newline + 1
-    return None
-
-
-def _cut_beside(data: bytes | bytearray, newline: int) -> int | None:
-    before = data[max(0, newline - 4) : newline].decode("utf-8", "ignore")[-1:]
-    if not before or not data.endswith(before.encode(), 0, newline):
-        return None
-    after = data[newline + 1 : newline + 5].decode("utf-8", "ignore")[:1]
-    if after.isalnum() and data.startswith(after.encode(), newline + 1) and unicodedata.category(before)[0] in "LNPS":
-        return newline + 1
-    return newline if _is_plain_letter(before) else None
-
-
-def _is_plain_letter(character: str) -> bool:
-    """A letter or digit that every version of Unicode in use calls one."""
-    return (character.isascii() and character.isalnum()) or ("\u00c0" <= character <= "\u9fff" and character.isalpha())
-
-
-def piece_where(piece: Piece, sources: list[Source]) -> str:
-    """How messages call a piece: `file: line 17`."""
-    return f"{sources[piece.source].name}: line {piece.line}"
+    return too_long(f"a document {why} and", num_bytes, limit)

@@ -42,7 +42,8 @@ if TYPE_CHECKING:
 
 ERRORS_NAME = "errors.jsonl"
 _LOCK_NAME = ".lock"
-_STATE_KIND = "llmctl-pack-state"
+_STATE_KIND = "llmctl-pack-state-2"
+"""2: a piece is a block of documents where it was one document."""
 _SHARD_NAME = re.compile(rf"(train|val)-\d{{5,}}{re.escape(SHARD_SUFFIX)}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 
@@ -144,6 +145,15 @@ class PackFolder:
         return f"{'1 finished shard is' if len(names) == 1 else f'{len(names)} finished shards are'} kept in {self.path}: {shown}"
 
     # the work
+
+    def start_again(self) -> None:
+        """Remove every finished shard: what was packed so far is not to be kept."""
+        for places in self.places.values():
+            places.clear()
+        self.save_state()
+        self._remove_shards()
+        self.drop_errors()
+        self._first_error = ""
 
     def keep_tokenizer(self, tokenizer: "Tokenizer") -> None:
         """Put the copy of the tokenizer into the folder, unless an interrupted run did."""

@@ -195,6 +195,10 @@ class ShardWriter:
             self._file.write(ids.astype(self._dtype).tobytes())
         self.num_tokens += len(ids)
 
+    def end_documents(self, ends: npt.NDArray[Any]) -> None:
+        """Note that documents end with the ids before the places `ends` (n,), counted from the start of the shard."""
+        self._ends.frombytes(ends.astype(np.uint64).tobytes())
+
     def end_document(self) -> None:
         """Note that a document ends with the last id written."""
         self._ends.append(self.num_tokens)

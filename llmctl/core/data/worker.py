@@ -20,13 +20,18 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
 from llmctl.core.data.documents import Piece, SplitRule
-from llmctl.core.data.encode import EncodedPiece, EncodeRules, PieceEncoder, RecordError, Segment
+from llmctl.core.data.encode import EncodedPiece, EncoderNote, EncodeRules, PieceEncoder, Segment
+from llmctl.core.data.encoders import UnequalError
+from llmctl.core.data.records import RecordError
 from llmctl.core.errors import InputError, LlmctlError
+
+if TYPE_CHECKING:
+    from llmctl.core.tokenizer import Tokenizer
 
 _LENGTHS = struct.Struct("<QQ")
 _PACKAGE_ROOT = str(Path(__file__).resolve().parents[3])
@@ -49,10 +54,20 @@ class PieceBatch:
     """Bytes of the input's files read when the batch was full."""
 
 
+@dataclass(frozen=True)
+class EncodedBatch:
+    """What became of a batch, a result for each of its pieces."""
+
+    batch: PieceBatch
+    results: list[EncodedPiece]
+    note: EncoderNote
+    worker: int = 0
+
+
 class Encoders(Protocol):
     """What turns batches into results, in the batches' order."""
 
-    def run(self, batches: Iterator[PieceBatch]) -> Iterator[tuple[PieceBatch, list[EncodedPiece]]]: ...
+    def run(self, batches: Iterator[PieceBatch]) -> Iterator[EncodedBatch]: ...
 
     def close(self) -> None: ...
 
@@ -60,29 +75,38 @@ class Encoders(Protocol):
 class InlineEncoders:
     """No worker: encodes in this process."""
 
-    def __init__(self, encoder: PieceEncoder) -> None:
-        self._encoder = encoder
+    def __init__(self, rules: EncodeRules, tokenizer: "Tokenizer") -> None:
+        self._rules = rules
+        self._tokenizer = tokenizer
 
-    def run(self, batches: Iterator[PieceBatch]) -> Iterator[tuple[PieceBatch, list[EncodedPiece]]]:
+    def run(self, batches: Iterator[PieceBatch]) -> Iterator[EncodedBatch]:
         """See Encoders."""
+        encoder = PieceEncoder(self._rules, self._tokenizer)
         for batch in batches:
-            yield batch, self._encoder.encode(batch.pieces, wants_train=batch.wants_train, wants_val=batch.wants_val)
+            results = encoder.encode(batch.pieces, wants_train=batch.wants_train, wants_val=batch.wants_val)
+            yield EncodedBatch(batch, results, encoder.note)
 
     def close(self) -> None:
         """Nothing to close."""
 
 
+def open_encoders(rules: EncodeRules, tokenizer: "Tokenizer", num_workers: int) -> Encoders:
+    """This process for one worker, else so many of their own, which begin to get ready at once."""
+    return InlineEncoders(rules, tokenizer) if num_workers == 1 else WorkerPool(rules, tokenizer, num_workers)
+
+
 class WorkerPool:
     """`num_workers` processes. At most two batches a worker are under way, so memory does not grow with the corpus."""
 
-    def __init__(self, rules: EncodeRules, num_workers: int) -> None:
+    def __init__(self, rules: EncodeRules, tokenizer: "Tokenizer", num_workers: int) -> None:
         self._num_workers = num_workers
         self._executor = ThreadPoolExecutor(num_workers, thread_name_prefix="llmctl-pack")
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         try:
-            for _ in range(num_workers):
-                worker = _Worker(rules)
+            order = rules_to_frame(rules, tokenizer)
+            for number in range(num_workers):
+                worker = _Worker(number, order)
                 self._workers.append(worker)
                 self._idle.put(worker)
         except BaseException:
@@ -94,20 +118,19 @@ class WorkerPool:
         """The process ids of the workers."""
         return tuple(worker.process.pid for worker in self._workers)
 
-    def run(self, batches: Iterator[PieceBatch]) -> Iterator[tuple[PieceBatch, list[EncodedPiece]]]:
-        """See Encoders. Raises LlmctlError when a worker dies or fails."""
-        waiting: deque[tuple[PieceBatch, Future[list[EncodedPiece]]]] = deque()
+    def run(self, batches: Iterator[PieceBatch]) -> Iterator[EncodedBatch]:
+        """See Encoders. Raises LlmctlError when a worker dies or fails, UnequalError as PieceEncoder does."""
+        waiting: deque[Future[EncodedBatch]] = deque()
         for batch in itertools.chain(batches, [None]):
             if batch is not None:
-                waiting.append((batch, self._executor.submit(self._encode, batch)))
-            while waiting and (batch is None or len(waiting) >= 2 * self._num_workers or waiting[0][1].done()):
-                first, future = waiting.popleft()
-                yield first, future.result()
+                waiting.append(self._executor.submit(self._encode, batch))
+            while waiting and (batch is None or len(waiting) >= 2 * self._num_workers or waiting[0].done()):
+                yield waiting.popleft().result()
 
-    def _encode(self, batch: PieceBatch) -> list[EncodedPiece]:
+    def _encode(self, batch: PieceBatch) -> EncodedBatch:
         worker = self._idle.get()
         try:
-            return worker.encode(batch)
+            return EncodedBatch(batch, *worker.encode(batch), worker.number)
         finally:
             self._idle.put(worker)
 
@@ -121,7 +144,8 @@ class WorkerPool:
 class _Worker:
     """The packer's side of one worker process."""
 
-    def __init__(self, rules: EncodeRules) -> None:
+    def __init__(self, number: int, order: tuple[Any, bytes]) -> None:
+        self.number = number
         command = [sys.executable, "-P", "-c", _PROGRAM, _PACKAGE_ROOT]
         try:
             self.process = subprocess.Popen(
@@ -134,16 +158,14 @@ class _Worker:
             )
         except OSError as error:
             raise LlmctlError(f"cannot start a worker process: {error.strerror}; try --workers 1") from error
-        self._rules = rules
-        self._has_rules = False
+        with contextlib.suppress(OSError):  # it died at once: the first batch finds out and says so
+            assert self.process.stdin is not None
+            write_frame(self.process.stdin, *order)
 
-    def encode(self, batch: PieceBatch) -> list[EncodedPiece]:
+    def encode(self, batch: PieceBatch) -> tuple[list[EncodedPiece], EncoderNote]:
         assert self.process.stdin is not None
         assert self.process.stdout is not None
         try:
-            if not self._has_rules:
-                write_frame(self.process.stdin, rules_to_json(self._rules), b"")
-                self._has_rules = True
             write_frame(self.process.stdin, *batch_to_frame(batch))
             answer = read_frame(self.process.stdout)
         except (OSError, ValueError):  # ValueError: the pipe was closed from this side
@@ -153,6 +175,8 @@ class _Worker:
         header, data = answer
         if "input_error" in header:
             raise InputError(header["input_error"])
+        if "unequal" in header:
+            raise UnequalError(header["unequal"])
         if "failure" in header:
             raise LlmctlError(f"a worker failed: {header['failure']}")
         return results_from_frame(header, data)
@@ -187,15 +211,17 @@ def worker_main() -> None:
             first = read_frame(source)
             if first is None:
                 return
-            encoder = PieceEncoder(rules_from_json(first[0]))
+            encoder = PieceEncoder(*rules_from_frame(*first))
             while (frame := read_frame(source)) is not None:
                 batch = batch_from_frame(*frame)
                 results = encoder.encode(batch.pieces, wants_train=batch.wants_train, wants_val=batch.wants_val)
-                write_frame(sink, *results_to_frame(results))
+                write_frame(sink, *results_to_frame(results, encoder.note))
         except BrokenPipeError:
             raise
         except InputError as error:
             write_frame(sink, {"input_error": str(error)}, b"")
+        except UnequalError as error:
+            write_frame(sink, {"unequal": str(error)}, b"")
         except MemoryError:
             write_frame(sink, {"failure": "out of memory; try fewer --workers"}, b"")
         except BaseException as error:  # whatever it is, the packer has to hear of it
@@ -224,22 +250,26 @@ def read_frame(file: IO[bytes]) -> tuple[Any, bytes] | None:
     return json.loads(header), data
 
 
-def rules_to_json(rules: EncodeRules) -> dict[str, Any]:
-    """EncodeRules as JSON; the folder as the hex of its bytes, which need not be UTF-8."""
-    return {**dataclasses.asdict(rules), "tokenizer_dir": os.fsencode(rules.tokenizer_dir).hex()}
+def rules_to_frame(rules: EncodeRules, tokenizer: "Tokenizer") -> tuple[Any, bytes]:
+    """EncodeRules and the tokenizer as header and bytes."""
+    names = [tokenizer.bos_token, tokenizer.eos_token]
+    return {"rules": dataclasses.asdict(rules), "names": names}, tokenizer.to_json().encode()
 
 
-def rules_from_json(value: dict[str, Any]) -> EncodeRules:
-    """The inverse of rules_to_json."""
-    folder = Path(os.fsdecode(bytes.fromhex(value["tokenizer_dir"])))
-    return EncodeRules(**{**value, "tokenizer_dir": folder, "split": SplitRule(**value["split"])})
+def rules_from_frame(header: Any, data: bytes) -> tuple[EncodeRules, "Tokenizer"]:
+    """The inverse of rules_to_frame."""
+    import tokenizers
+
+    from llmctl.core.tokenizer import Tokenizer
+
+    rules = EncodeRules(**{**header["rules"], "split": SplitRule(**header["rules"]["split"])})
+    bos, eos = header["names"]
+    return rules, Tokenizer.from_parts(tokenizers.Tokenizer.from_buffer(data), bos=bos, eos=eos, pad=None)
 
 
 def batch_to_frame(batch: PieceBatch) -> tuple[Any, bytes]:
     """A batch as header and bytes."""
-    rows = [
-        [p.source, p.line, p.offset, len(p.data), p.is_json, p.starts_document, p.ends_document, p.is_val, p.error] for p in batch.pieces
-    ]
+    rows = [[p.source, p.line, p.offset, len(p.data), p.form, p.starts_document, p.ends_document, p.is_val, p.error] for p in batch.pieces]
     header = {"first": batch.first_piece, "wants": [batch.wants_train, batch.wants_val], "taken": batch.num_bytes_taken, "pieces": rows}
     return header, b"".join(p.data for p in batch.pieces)
 
@@ -254,26 +284,36 @@ def batch_from_frame(header: Any, data: bytes) -> PieceBatch:
     return PieceBatch(header["first"], tuple(pieces), wants_train, wants_val, header["taken"])
 
 
-def results_to_frame(results: Sequence[EncodedPiece]) -> tuple[Any, bytes]:
-    """Results as header and bytes: the ids as uint32, in order."""
-    rows, arrays = [], []
+def results_to_frame(results: Sequence[EncodedPiece], note: EncoderNote) -> tuple[Any, bytes]:
+    """Results as header and bytes: all document ends, then all ids, in order."""
+    rows, ends, ids = [], [], []
     for result in results:
-        segments = [[s.is_val, s.ends_document, s.num_bytes, None if s.ids is None else len(s.ids)] for s in result.segments]
+        segments = []
+        for segment in result.segments:
+            num_ids = None if segment.ids is None else len(segment.ids)
+            segments.append([segment.is_val, segment.num_documents, segment.num_bytes, num_ids, len(segment.ends)])
+            ends.append(segment.ends)
+            if segment.ids is not None:
+                ids.append(segment.ids)
         errors = [[e.source, e.line, e.offset, e.reason] for e in result.errors]
         rows.append([segments, errors, result.digest.hex(), result.num_special, result.has_text])
-        arrays += [s.ids.tobytes() for s in result.segments if s.ids is not None]
-    return {"results": rows}, b"".join(arrays)
+    dtype = ids[0].dtype.str if ids else "<u4"
+    return {"results": rows, "dtype": dtype, "note": dataclasses.astuple(note)}, b"".join([array.data for array in (*ends, *ids)])
 
 
-def results_from_frame(header: Any, data: bytes) -> list[EncodedPiece]:
+def results_from_frame(header: Any, data: bytes) -> tuple[list[EncodedPiece], EncoderNote]:
     """The inverse of results_to_frame."""
-    ids, start, results = np.frombuffer(data, dtype=np.uint32), 0, []
+    num_ends = sum(segment[4] for row in header["results"] for segment in row[0])
+    all_ends = np.frombuffer(data, dtype="<u4", count=num_ends)
+    all_ids = np.frombuffer(data, dtype=header["dtype"], offset=4 * num_ends)
+    results: list[EncodedPiece] = []
+    end, start = 0, 0
     for rows, errors, digest, num_special, has_text in header["results"]:
         segments = []
-        for is_val, ends_document, num_bytes, num_ids in rows:
-            part = None if num_ids is None else ids[start : start + num_ids]
-            start += num_ids or 0
-            segments.append(Segment(is_val, ends_document, num_bytes, part))
+        for is_val, num_documents, num_bytes, num_ids, num_ends in rows:
+            ids = None if num_ids is None else all_ids[start : start + num_ids]
+            segments.append(Segment(is_val, num_documents, num_bytes, ids, all_ends[end : end + num_ends]))
+            end, start = end + num_ends, start + (num_ids or 0)
         found = tuple(RecordError(*error) for error in errors)
         results.append(EncodedPiece(tuple(segments), found, bytes.fromhex(digest), num_special, has_text))
-    return results
+    return results, EncoderNote(*header["note"])

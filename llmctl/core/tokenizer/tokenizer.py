@@ -199,6 +199,16 @@ class Tokenizer:
         return self.is_byte_level and self.is_byte_complete and self._backend.normalizer is None and not prefix
 
     @cached_property
+    def structure(self) -> dict[str, Any]:
+        """What tokenizer.json says of the normalizer, the pre-tokeniser and the added tokens, without the vocabulary."""
+        flags = ("content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        return {
+            "normalizer": state_of(self._backend.normalizer) or None,
+            "pre_tokenizer": state_of(self._backend.pre_tokenizer) or None,
+            "added_tokens": [{"id": i, **{flag: getattr(token, flag) for flag in flags}} for i, token in sorted(self._added.items())],
+        }
+
+    @cached_property
     def fingerprint(self) -> str:
         """64 hex digits: sha256 of everything that decides ids, and of bos and eos, independent of how JSON is written.
 
@@ -236,7 +246,7 @@ class Tokenizer:
         """The ids and offsets of plain text that stands between control tokens, or (`is_first`) at the start of all."""
         inner = self if is_first else self._continuation
         ids, offsets = inner.encode_with_offsets(text)
-        if self._reaches_control and not (self.special_ids - {self._unknown_id}).isdisjoint(ids):
+        if self.reaches_control and not (self.special_ids - {self._unknown_id}).isdisjoint(ids):
             ids = inner._without_control(text, ids, post=False)
             offsets = [(0, len(text))] * len(ids)
         return ids, offsets
@@ -290,7 +300,7 @@ class Tokenizer:
         return ids if special else self._without_control(text, ids, post=post)
 
     @cached_property
-    def _reaches_control(self) -> bool:
+    def reaches_control(self) -> bool:
         """Whether the model, with added tokens left out of account, can still give a control id."""
         if looks_up_words(self._backend):
             return True
@@ -298,7 +308,7 @@ class Tokenizer:
 
     def _without_control(self, text: str, ids: list[int], *, post: bool) -> list[int]:
         """`ids`, or ids of the same text cut inside each control token's name when the model found one by itself."""
-        if not self._reaches_control or not self.special_pattern.search(text):
+        if not self.reaches_control or not self.special_pattern.search(text):
             return ids
         plain = self.special_ids - {self._unknown_id}
         core = self._encode_raw(text)

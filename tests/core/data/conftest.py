@@ -9,7 +9,7 @@ import pytest
 import tokenizers
 from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
 
-from llmctl.core.data.encode import SAFE_PATTERNS
+from llmctl.core.data.cuts import SAFE_PATTERNS
 from llmctl.core.tokenizer import Tokenizer
 
 TEXT = (

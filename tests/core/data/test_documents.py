@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmctl.core.data import documents
-from llmctl.core.data.documents import Piece, ReadRules, SplitRule, first_cut, last_cut, read_pieces
-from llmctl.core.data.encode import may_cut
+from llmctl.core.data.cuts import first_cut, last_cut, may_cut
+from llmctl.core.data.documents import Piece, ReadRules, SplitRule, lines_of, read_pieces
 from llmctl.core.data.sources import Format, Source
 from llmctl.core.tokenizer import Tokenizer
 
@@ -35,6 +35,17 @@ class Dribble(io.RawIOBase):
 
 
 def pieces_of(data: bytes, format: Format, *, sizes: list[int] | None = None, **rules: Any) -> list[Piece]:
+    """The pieces of `data` given on stdin; a piece of lines as a piece for each of them."""
+    result = []
+    for piece in blocks_of(data, format, sizes=sizes, **rules):
+        if piece.form == "text" or piece.error is not None:
+            result.append(piece)
+        else:
+            result += [Piece(piece.source, line.number, line.offset, line.data, piece.form) for line in lines_of(piece)]
+    return result
+
+
+def blocks_of(data: bytes, format: Format, *, sizes: list[int] | None = None, **rules: Any) -> list[Piece]:
     """The pieces of `data` given on stdin."""
     rules = {"split": NOTHING_HELD_OUT, "max_line_bytes": 1 << 20, **rules}
     stdin: Any = Dribble(data, sizes or [1 << 20])
@@ -78,8 +89,8 @@ def test_how_the_bytes_arrive_changes_nothing(words: list[bytes], sizes: list[in
         split = SplitRule(kind="tail", fraction=0.3) if tail else SplitRule(kind="hash", fraction=0.5)
         rules = {"split": split, "separator": separator if format == "text" else None, "max_line_bytes": 10_000 if tail else 40}
         data = b"".join(words)
+        assert blocks_of(data, format, sizes=sizes, **rules) == blocks_of(data, format, **rules)
         whole = pieces_of(data, format, **rules)
-        assert pieces_of(data, format, sizes=sizes, **rules) == whole
         if format == "text" and separator is None and all(p.error is None for p in whole):
             assert b"".join(p.data for p in whole) == data
         for piece in whole:

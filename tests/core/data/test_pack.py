@@ -1,5 +1,6 @@
 """Packing against a packer of ten lines, and its promises: same bytes for any workers, kill, full disk or order of arrival."""
 
+import dataclasses
 import gzip
 import hashlib
 import io
@@ -16,8 +17,9 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from llmctl.core.config.pack import PackConfig
-from llmctl.core.data import documents, encode, packfolder, worker
-from llmctl.core.data.pack import Packed, PackEvent, PackPlanned, PackWarned, pack
+from llmctl.core.data import documents, encode, encoders, packfolder, worker
+from llmctl.core.data.pack import pack
+from llmctl.core.data.packevents import Packed, PackEvent, PackPlanned, PackWarned
 from llmctl.core.data.shards import TokenDataset, TokenShard
 from llmctl.core.data.verify import DamageFound, Verified, verify
 from llmctl.core.errors import InputError, Interrupted, LlmctlError, LockedError, NotFoundError, UsageError
@@ -25,6 +27,14 @@ from llmctl.core.files import FileLock
 from llmctl.core.tokenizer import Tokenizer
 
 from .conftest import byte_level
+
+SMALL_PIECES = 4000
+
+
+@pytest.fixture(autouse=True)
+def many_pieces(monkeypatch: pytest.MonkeyPatch) -> None:
+    """So that these small corpora come in many pieces, and a batch holds a few of their documents."""
+    monkeypatch.setattr(documents, "PIECE_BYTES", SMALL_PIECES)
 
 
 def run(
@@ -141,11 +151,11 @@ def test_ids_come_back_as_the_text(tmp_path: Path, corpus: Path, tokenizer: Toke
 
 
 def test_any_number_of_workers_and_any_way_in_give_the_same_bytes(tmp_path: Path, corpus: Path, tokenizer_dir: Path) -> None:
+    for workers in (1, 2, 3):
+        run(corpus, tmp_path / f"w{workers}", tokenizer_dir, workers=workers, val_fraction=0.2, shard_tokens=1000)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("llmctl.core.data.pack._BATCH_PIECES", 7)
-        for workers in (1, 2, 3):
-            run(corpus, tmp_path / f"w{workers}", tokenizer_dir, workers=workers, val_fraction=0.2, shard_tokens=1000)
-    run(corpus, tmp_path / "plain", tokenizer_dir, val_fraction=0.2, shard_tokens=1000)
+        patch.setattr(documents, "PIECE_BYTES", 1 << 20)
+        run(corpus, tmp_path / "plain", tokenizer_dir, val_fraction=0.2, shard_tokens=1000)
     assert hashes(tmp_path / "w1") == hashes(tmp_path / "w2") == hashes(tmp_path / "w3") == hashes(tmp_path / "plain")
     data = corpus.read_bytes()
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(data))
@@ -163,7 +173,7 @@ def test_a_text_in_pieces_equals_the_text_in_one(tmp_path: Path, tokenizer: Toke
     for settings in ({"val_fraction": 0}, {"val_fraction": 0.25}):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(documents, "PIECE_BYTES", 300)
-            patch.setattr(encode, "PIECE_BYTES", 300)
+            patch.setattr(encoders, "_CUT_BYTES", 300)
             out = tmp_path / f"out{settings['val_fraction']}"
             run(tmp_path / "book.txt", out, tokenizer_dir, shard_tokens=777, **settings)
         data = text.encode()
@@ -316,26 +326,13 @@ def test_a_truncated_input_leaves_no_shard_marked_done(tmp_path: Path, corpus: P
 def reference(tmp_path_factory: pytest.TempPathFactory, corpus: Path, tokenizer_dir: Path) -> dict[str, str]:
     """Hashes of an unbroken run with many small shards."""
     out = tmp_path_factory.mktemp("reference") / "out"
-    with small_batches():
+    with pytest.MonkeyPatch.context() as patch:  # a fixture of the module comes before those of its tests
+        patch.setattr(documents, "PIECE_BYTES", SMALL_PIECES)
         run(corpus, out, tokenizer_dir, **SMALL_SHARDS)
     return hashes(out)
 
 
 SMALL_SHARDS: dict[str, Any] = {"val_fraction": 0.3, "shard_tokens": 8000}
-
-
-def small_batches() -> Any:
-    patch = pytest.MonkeyPatch.context()
-    context = patch.__enter__()
-    context.setattr("llmctl.core.data.pack._BATCH_PIECES", 11)
-
-    class Undo:
-        def __enter__(self) -> None: ...
-
-        def __exit__(self, *exception: Any) -> None:
-            patch.__exit__(None, None, None)
-
-    return Undo()
 
 
 SITES = [
@@ -402,10 +399,9 @@ def test_a_kill_at_every_step_of_writing_leaves_what_the_same_command_completes(
 def test_killed_again_and_again(tmp_path: Path, corpus: Path, tokenizer_dir: Path, reference: dict[str, str]) -> None:
     """Each attempt dies 35 steps after its start, so several must build on each other."""
     attempts = 1
-    with small_batches():
-        while killed_at(35, lambda: run(corpus, tmp_path / "out", tokenizer_dir, **SMALL_SHARDS)):
-            attempts += 1
-            assert attempts < 50
+    while killed_at(35, lambda: run(corpus, tmp_path / "out", tokenizer_dir, **SMALL_SHARDS)):
+        attempts += 1
+        assert attempts < 50
     assert attempts > 2
     assert hashes(tmp_path / "out") == reference
 
@@ -413,8 +409,8 @@ def test_killed_again_and_again(tmp_path: Path, corpus: Path, tokenizer_dir: Pat
 def test_a_signal_keeps_the_finished_shards_and_the_same_command_goes_on(
     tmp_path: Path, corpus: Path, tokenizer_dir: Path, reference: dict[str, str]
 ) -> None:
-    calls = iter([None] * 12 + [signal.SIGTERM] * 100)
-    with small_batches(), pytest.raises(Interrupted, match=r"finished shards? (is|are) kept.*same command") as caught:
+    calls = iter([None] * 24 + [signal.SIGTERM] * 100)
+    with pytest.raises(Interrupted, match=r"finished shards? (is|are) kept.*same command") as caught:
         run(corpus, tmp_path / "out", tokenizer_dir, stop=lambda: next(calls), **SMALL_SHARDS)
     assert caught.value.exit_code == 143
     kept = sorted(p.name for p in (tmp_path / "out").glob("*.tokens"))
@@ -431,8 +427,8 @@ def test_a_signal_keeps_the_finished_shards_and_the_same_command_goes_on(
 
 
 def interrupted(corpus: Path, out: Path, tokenizer_dir: Path, **settings: Any) -> None:
-    calls = iter([None] * 12 + [signal.SIGTERM] * 100)
-    with small_batches(), pytest.raises(Interrupted):
+    calls = iter([None] * 24 + [signal.SIGTERM] * 100)
+    with pytest.raises(Interrupted):
         run(corpus, out, tokenizer_dir, stop=lambda: next(calls), **{**SMALL_SHARDS, **settings})
 
 
@@ -463,8 +459,8 @@ def test_other_input_of_the_same_size_is_noticed_on_going_on(tmp_path: Path, cor
 def test_stdin_goes_on_when_the_same_bytes_come_again(tmp_path: Path, corpus: Path, tokenizer_dir: Path, reference: dict[str, str]) -> None:
     data = corpus.read_bytes()
     settings = {**SMALL_SHARDS, "format": "jsonl"}
-    calls = iter([None] * 12 + [signal.SIGINT] * 100)
-    with small_batches(), pytest.raises(Interrupted):
+    calls = iter([None] * 24 + [signal.SIGINT] * 100)
+    with pytest.raises(Interrupted):
         run("-", tmp_path / "out", tokenizer_dir, stdin=data, stop=lambda: next(calls), **settings)
     with pytest.raises(InputError, match="stdin: the input up to here"):
         run("-", tmp_path / "out", tokenizer_dir, stdin=data.split(b"\n", 1)[1], **settings)
@@ -562,7 +558,7 @@ def test_a_dead_worker_is_noticed(tmp_path: Path, corpus: Path, tokenizer_dir: P
         pools.append(self)
 
     config = PackConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_dir), out_dir=tmp_path / "out", workers=2, **SMALL_SHARDS)
-    with pytest.MonkeyPatch.context() as patch, small_batches():
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker.WorkerPool, "__init__", noting)
         events = pack(config)
         while not pools:
@@ -590,15 +586,7 @@ def test_workers_end_with_their_packer(tmp_path: Path, corpus: Path, tokenizer_d
     read_end, write_end = os.pipe()
     pid = os.fork()
     if pid == 0:
-        rules = encode.EncodeRules(
-            tokenizer_dir=tokenizer_dir,
-            field="text",
-            split=documents.SplitRule(kind="none"),
-            allow_special=False,
-            add_bos=None,
-            skip_errors=False,
-        )
-        pool = worker.WorkerPool(rules, 2)
+        pool = worker.WorkerPool(RULES, Tokenizer.load(tokenizer_dir), 2)
         os.write(write_end, json.dumps(pool.pids).encode())
         os.kill(os.getpid(), signal.SIGKILL)
     os.close(write_end)
@@ -619,19 +607,17 @@ def gone_or_zombie(pid: int) -> bool:
         return gone(pid)
 
 
-def test_a_worker_says_why_it_failed(tmp_path: Path, tokenizer_dir: Path) -> None:
-    rules = encode.EncodeRules(
-        tokenizer_dir=tmp_path / "gone",
-        field="text",
-        split=documents.SplitRule(kind="none"),
-        allow_special=False,
-        add_bos=None,
-        skip_errors=False,
-    )
-    pool = worker.WorkerPool(rules, 1)
+RULES = encode.EncodeRules(
+    field="text", split=documents.SplitRule(kind="none"), allow_special=False, add_bos=None, skip_errors=False, max_line_bytes=1 << 20
+)
+
+
+def test_a_worker_says_why_it_failed(tokenizer: Tokenizer) -> None:
+    too_long_a_key = documents.SplitRule(kind="hash", fraction=0.5, seed=10**80)
+    pool = worker.WorkerPool(dataclasses.replace(RULES, split=too_long_a_key), tokenizer, 1)
     try:
-        batch = worker.PieceBatch(0, (documents.Piece(0, 1, 0, b"x"),), True, True, 0)
-        with pytest.raises(LlmctlError, match="a worker failed: NotFoundError"):
+        batch = worker.PieceBatch(0, (documents.Piece(0, 1, 0, b"x", form="lines"),), True, True, 0)
+        with pytest.raises(LlmctlError, match=r"a worker failed: ValueError.*key"):
             list(pool.run(iter([batch])))
     finally:
         pool.close()
