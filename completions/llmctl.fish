@@ -220,6 +220,8 @@ complete -c llmctl -n '__llmctl_at \'generate\'' -l dtype -l precision -x -a 'fl
 complete -c llmctl -n '__llmctl_at \'generate\'' -l quant -x -a 'int8 int4' -d 'Hold the weights quantised in groups of 32, embeddings and head in 8 bits'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l executor -x -a 'auto native torch' -d 'What computes: the native library, on a CPU and where it knows the model, or torch'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l threads -x -d 'CPU threads'
+complete -c llmctl -n '__llmctl_at \'generate\'' -l verify-cache -d 'Check the packed weights that are kept for the model against their hashes, remove damaged ones, and stop'
+complete -c llmctl -n '__llmctl_at \'generate\'' -l no-verify-cache -d 'The opposite of --verify-cache'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l speculate -x -d 'Tokens to guess ahead, from what the text repeats or by --draft-model, which changes no text: auto (as many as pay; on torch only with --draft-model), off, or a number'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l draft-model -x -d 'Smaller model with the same tokenizer that guesses tokens ahead for the model'
 complete -c llmctl -n '__llmctl_at \'generate\'' -l config -s c -r -F -d 'Read settings from a TOML file'

@@ -7,6 +7,7 @@ import os
 import signal
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+os.environ["LLMCTL_CACHE_BYTES"] = "0"  # tests leave nothing in a person's cache; those of the cache have one of their own
 
 # Processes that a script starts in the background ignore SIGINT, those under nohup SIGHUP, and children inherit that:
 # the tests of Ctrl-C and hang-up would then test nothing.

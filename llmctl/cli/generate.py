@@ -11,7 +11,7 @@ from llmctl.cli.generate_view import TextView
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
-from llmctl.cli.streams import decode_utf8, read_stdin, stdin_has_input, stdin_is_terminal
+from llmctl.cli.streams import decode_utf8, out, read_stdin, stdin_has_input, stdin_is_terminal
 from llmctl.core.config.generate import GenerateConfig
 from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError
 
@@ -61,6 +61,9 @@ def run(config: GenerateConfig, shell: Shell) -> None:
 
         run_lines(config, shell)
         return
+    if config.verify_cache:
+        _verify_cache(config, shell)
+        return
     text = read_prompt(config)
     if config.show_prompt:
         from llmctl.cli.generate_prompt import show_prompt
@@ -75,6 +78,17 @@ def run(config: GenerateConfig, shell: Shell) -> None:
         _search(config, shell, generator, text, stats)
     else:
         _sample(config, shell, generator, text, stats)
+
+
+def _verify_cache(config: GenerateConfig, shell: Shell) -> None:
+    from llmctl.core.checkpoint import resolve_model
+    from llmctl.core.infer.opening import verify_packed
+
+    path = resolve_model(config.model or BUILT_IN_MODEL)
+    found = verify_packed(path, dtype=config.dtype, quant=config.quant)  # type: ignore[arg-type]  # checked by its choices
+    shell.note("no packed weights are kept for this model" if found is None else "the packed weights and their sources are whole")
+    if found is not None:
+        out.line(found)
 
 
 def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":

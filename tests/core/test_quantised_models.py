@@ -170,7 +170,7 @@ def folder(tmp_path: Path) -> Path:
         (lambda t: t.pop("final_norm.weight"), "final_norm.weight"),
         (lambda t: t.update({"embed.weight.minimums": t["embed.weight.scales"].clone()}), "none is wanted"),
         (lambda t: t.update({"layers.0.attn.q.weight.codes": t["layers.0.attn.q.weight.codes"][:-1].clone()}), "wanted"),
-        (lambda t: t.update({"layers.0.attn.q.weight.scales": t["layers.0.attn.q.weight.scales"].float()}), "float16"),
+        (lambda t: t.update({"layers.0.attn.q.weight.scales": t["layers.0.attn.q.weight.scales"].float()}), "of F16 is wanted"),
         (lambda t: t.update({"final_norm.weight": torch.zeros(32, dtype=torch.uint8)}), "numbers of shape"),
         (lambda t: t.update({"stray": torch.zeros(3)}), "no place"),
     ],

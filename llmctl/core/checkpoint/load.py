@@ -23,7 +23,8 @@ from llmctl.core.checkpoint.folder import (
     token_ids,
     unknown_architecture,
 )
-from llmctl.core.checkpoint.quantised import held_as_it_is, join, quantised
+from llmctl.core.checkpoint.held import held_in_directory, held_in_gguf
+from llmctl.core.checkpoint.quantised import quantised
 from llmctl.core.checkpoint.quantweight import QuantWeight
 from llmctl.core.checkpoint.resolve import check_kind
 from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, open_tensors, stored_tensors
@@ -172,9 +173,11 @@ def _quantised_tensors(
     """The decoder's tensors of a quantised directory, mapped."""
     if quant is not None and quant != own:
         raise InputError(f"{folder}: the weights are quantised already, as {own}; quantise the model that they were made from")
-    found = {name: _tensor(stored) for name, stored in open_tensors(folder, dtypes=(*WEIGHT_DTYPES, *CODE_DTYPES)).items()}
+    target = torch.float32 if dtype is None else dtype
+    found = open_tensors(folder, dtypes=(*WEIGHT_DTYPES, *CODE_DTYPES))
     try:
-        yield from join(found, config, dtype=torch.float32 if dtype is None else dtype)
+        for name, held in held_in_directory(found, config):
+            yield name, _tensor(held).to(target) if isinstance(held, Stored) else QuantWeight.of(held, dtype=target)
     except InputError as error:
         raise InputError(f"{folder}: {error}") from error
 
@@ -196,7 +199,7 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
         importance = input_importance(_load_gguf(path, dtype=torch.float32, device="cpu", quant=None).model)
     tensors: dict[str, Tensor] = {}
     for binding in found.bindings:
-        held = held_as_it_is(file, found.entry(binding), binding, quant) if quant is not None else None
+        held = held_in_gguf(file, found.entry(binding), binding, quant) if quant is not None else None
         if held is not None:
             for name, part in zip(binding.ours, held, strict=True):
                 rows = (lambda rows: halves_from_pairs(rows, config.head_dim)) if found.record.reorders(name) else np.asarray

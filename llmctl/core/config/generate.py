@@ -198,6 +198,11 @@ class GenerateConfig:
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    verify_cache: bool = option(
+        False,
+        "Check the packed weights that are kept for the model against their hashes, remove damaged ones, and stop.",
+        panel=_MACHINE,
+    )
     speculate: str = option(
         "auto",
         "Tokens to guess ahead, from what the text repeats or by --draft-model, which changes no text: auto (as many as pay; on torch "
@@ -246,6 +251,9 @@ class GenerateConfig:
             raise UsageError(f"{flag} needs --interactive: it is about a talk")
         if self.set and self.preset is None:
             raise UsageError("--set needs --preset: it fills in a preset's parameters")
+        if self.verify_cache:
+            others = ("text", "prompt", "prompt_file", "input", "lines", "interactive", "merge", "show_prompt")
+            self._refuse_beside("--verify-cache", others, "it makes no text")
         if self.show_prompt:
             self._refuse_beside("--show-prompt", _NOT_WITH_SHOW_PROMPT, "it shows one prompt and makes no text")
         if "" in self.stop:

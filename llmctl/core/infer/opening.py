@@ -7,20 +7,19 @@ it is to compute.
 import math
 import os
 import sys
-from collections.abc import Iterable, Iterator
+import threading
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
-import numpy as np
-from numpy.typing import NDArray
-
 from llmctl.core.config.model import ModelConfig
-from llmctl.core.errors import InputError, UsageError
+from llmctl.core.errors import UsageError
 from llmctl.core.infer.executor import Executor
 
 if TYPE_CHECKING:
-    from llmctl.core.native.packed import HeldDtype
+    from llmctl.core.infer.source import Source
+    from llmctl.core.infer.weightcache import CacheKey
+    from llmctl.core.native.packed import HeldDtype, PackedModel
 
 ExecutorKind = Literal["auto", "native", "torch"]
 
@@ -82,16 +81,18 @@ def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | 
         return f"the native executor runs on the CPU, not on {device}"
     if device == "auto" and _may_have_accelerator():
         return "there may be a GPU, which torch can use"
-    if path.suffix == ".gguf":
-        return "the native executor reads no GGUF files yet"
     if dtype is not None and dtype not in _NATIVE_DTYPES:
         return f"the native executor holds no {dtype} weights"
-    if unknown_architecture(path) is not None:
-        return "the architecture is not one of llmctl's own"
-    config, _, raw = load_config(path)
-    if own_layout(raw, where=path / "config.json") is not None:
-        return "the native executor reads no quantised directories yet"
-    if quant is not None and _NATIVE_DTYPES.get(dtype or "f32") != "float32":
+    if path.suffix == ".gguf":
+        from llmctl.core.checkpoint.gguf import open_gguf
+
+        config, is_quantised = open_gguf(path).config, quant is not None
+    else:
+        if unknown_architecture(path) is not None:
+            return "the architecture is not one of llmctl's own"
+        config, _, raw = load_config(path)
+        is_quantised = quant is not None or own_layout(raw, where=path / "config.json") is not None
+    if is_quantised and _NATIVE_DTYPES.get(dtype or "f32") != "float32":
         return "with quantised weights the native executor holds the rest in float32"
     try:
         library.kernels()
@@ -110,61 +111,88 @@ def _may_have_accelerator() -> bool:
 
 
 def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None) -> OpenedModel:
-    from llmctl.core.checkpoint import load_config, read_generation, stored_arrays, stored_tensors, token_ids
+    from llmctl.core.infer import weightcache
+    from llmctl.core.infer.source import open_source
     from llmctl.core.model.facts import num_parameters
     from llmctl.core.model.frequencies import angles
     from llmctl.core.native.executor import NativeExecutor
     from llmctl.core.native.packed import pack_model
 
-    config, family, raw = load_config(path)
-    generation = read_generation(path)
-    tensors = stored_tensors(path, config, family)
-    stored = tensors[0][1].entry.dtype
-    held: HeldDtype = _NATIVE_DTYPES[dtype] if dtype is not None else ("bfloat16" if stored == "BF16" and quant is None else "float32")
-    arrays = stored_arrays(tensors) if quant is None else _quantised(stored_arrays(tensors), quant)
+    source = open_source(path)
+    config, layout = source.config, quant or source.own
+    held = _held(source, dtype=dtype, quant=quant)
     if threads is None:
-        number_bytes = {"int8": 1.0, "int4": 0.6}[quant] if quant is not None else 2 if held == "bfloat16" else 4
+        number_bytes = {"int8": 1.0, "int4": 0.6}[layout] if layout is not None else 2 if held == "bfloat16" else 4
         layer_bytes = int(num_parameters(config).non_embedding // config.num_layers * number_bytes)
         threads = max(1, min(available_threads(), layer_bytes // 4 // _BYTES_A_THREAD))  # a layer has about four products
+    key = cache_key(source, held=held, quant=quant)
+    packed = weightcache.load(key, config) if key is not None else None
+    is_cached = packed is not None
+    if packed is None:
+        packed = pack_model(config, source.tensors(quant), dtype=held, num_threads=threads)
+        if key is not None and (packed.num_bytes >= weightcache.SMALLEST_BYTES or quant is not None):
+            _store_beside(key, packed, source)
     executor = NativeExecutor(
         config,
-        pack_model(config, arrays, dtype=held, num_threads=threads),
+        packed,
         angles=(lambda num_positions: angles(config, num_positions)) if config.positions == "rope" else None,
         num_threads=threads,
     )
-    for _, tensor in tensors:  # all are packed now
-        tensor.forget()
-    number_format = held if quant is None else f"{quant} in {held}"
+    number_format = held if layout is None else f"{layout} in {held}"
+    how = f"{executor.kernels}, {threads} thread{'s' if threads > 1 else ''}{', packed weights from the cache' if is_cached else ''}"
     return OpenedModel(
         executor=executor,
         kind="native",
         config=config,
-        eos_ids=token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id")),
-        generation=generation,
+        eos_ids=source.eos_ids,
+        generation=source.generation,
         token_cost=_CPU_TOKEN_COST,
-        description=f"{family.name}, {number_format} on cpu, native ({executor.kernels}, {threads} thread{'s' if threads > 1 else ''})",
+        description=f"{source.family}, {number_format} on cpu, native ({how})",
     )
 
 
-def _quantised(arrays: Iterable[tuple[str, NDArray[Any]]], quant: Literal["int8", "int4"]) -> Iterator[tuple[str, Any]]:
-    """The tensors with those quantised that torch would quantise, to the same codes and scales, and the rest in float32."""
-    from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16
-    from llmctl.core.quant import layout_for, quantise
+def _held(source: "Source", *, dtype: str | None, quant: str | None) -> "HeldDtype":
+    """How matrices are held that are not quantised."""
+    if dtype is not None:
+        return _NATIVE_DTYPES[dtype]
+    return "bfloat16" if source.stored == "BF16" and (quant or source.own) is None else "float32"
 
-    for name, array in arrays:
-        numbers = from_bf16(array) if array.dtype == np.uint16 else array
-        layout = layout_for(name, numbers.shape, quant)
-        if layout is None:
-            yield name, numbers
-            continue
-        try:
-            matrix = quantise(numbers, layout)
-        except InputError as error:
-            raise InputError(f"tensor {name!r}: {error}") from error
-        if matrix.minimums is None:
-            yield name, Int8Matrix(matrix.codes, matrix.scales, matrix.num_columns)
-        else:
-            yield name, Int4Matrix(matrix.codes, matrix.scales, matrix.minimums, matrix.num_columns)
+
+def verify_packed(path: Path, *, dtype: str | None = None, quant: Literal["int8", "int4"] | None = None) -> str | None:
+    """Check the packed weights that are kept for a model, opened so, against the hashes of them and of the model's files.
+
+    Gives their file, or None when none are kept. Raises InputError for damaged ones, which are removed, UsageError for a model
+    that does not run natively, and what opening the model raises.
+    """
+    from llmctl.core.infer.source import open_source
+    from llmctl.core.infer.weightcache import verify
+
+    if (reason := _why_not_native(path, device="cpu", dtype=dtype, quant=quant)) is not None:
+        raise UsageError(f"--verify-cache: no packed weights are kept for this model: {reason}")
+    source = open_source(path)
+    key = cache_key(source, held=_held(source, dtype=dtype, quant=quant), quant=quant)
+    return None if key is None else verify(key)
+
+
+def cache_key(source: "Source", *, held: str, quant: str | None) -> "CacheKey | None":
+    """What the packed weights of a model are kept under; None when nothing is kept."""
+    from llmctl.core.infer.weightcache import CacheKey, directory
+
+    if directory() is None:
+        return None
+    try:
+        return CacheKey.of((*source.weight_files, *source.config_files), held=held, quant=quant)
+    except OSError:
+        return None
+
+
+def _store_beside(key: "CacheKey", packed: "PackedModel", source: "Source") -> None:
+    """Write the packed weights while the answer is made. The process ends when both are done."""
+    from llmctl.core.infer.weightcache import store
+
+    threading.Thread(
+        target=store, args=(key, packed), kwargs={"sources": source.weight_files}, name="llmctl packed weights", daemon=False
+    ).start()
 
 
 def _open_torch(

@@ -27,7 +27,8 @@ ISA_VARIABLE = "LLMCTL_NATIVE_ISA"
 KERNEL_NAMES = ("avx512", "avx2", "baseline")
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
-_ABI = 2
+ABI = 2
+"""Raised with every change to a struct, a packed layout or a function."""
 
 
 class Unavailable(Exception):
@@ -120,7 +121,7 @@ def load() -> ctypes.CDLL:
     except (OSError, AttributeError) as error:
         raise Unavailable(f"the native library cannot be loaded: {error}") from error
     sizes = [ctypes.sizeof(struct) for struct in (Matrix, Layer, Model, Step)]
-    if library.llmctl_abi() != _ABI * 1_000_000_000 + sizes[0] * 1_000_000 + sizes[1] * 1000 + sizes[2] + sizes[3]:
+    if library.llmctl_abi() != ABI * 1_000_000_000 + sizes[0] * 1_000_000 + sizes[1] * 1000 + sizes[2] + sizes[3]:
         raise Unavailable("the native library belongs to another version of llmctl; install llmctl again")
     return library
 
@@ -246,6 +247,13 @@ class PackedMatrix:
         """The arrays that are there, by name."""
         found = {name: getattr(self, name) for name in ("weights", "scales", "minimums", "bias")}
         return {name: array for name, array in found.items() if array is not None}
+
+    def check(self) -> None:
+        """Raise ValueError unless the arrays are those of the layout: the library would read beyond them."""
+        wanted = packed_layout(self.kind, self.outputs, self.inputs, has_minimums=self.minimums is not None, has_bias=self.bias is not None)
+        arrays = self.arrays()
+        if wanted.keys() != arrays.keys() or any((array.shape, array.dtype) != wanted[name] for name, array in arrays.items()):
+            raise ValueError(f"no packed matrix of kind {self.kind}, {self.outputs} x {self.inputs}")
 
     def with_bias(self, bias: NDArray[np.float32] | None) -> "PackedMatrix":
         """The same matrix, in the same memory, with another bias (outputs,), or none."""

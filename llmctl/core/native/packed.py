@@ -91,6 +91,33 @@ def pack_model(config: ModelConfig, tensors: Iterable[tuple[str, Any]], *, dtype
     return PackedModel(matrices, vectors)
 
 
+def check_packed(config: ModelConfig, packed: PackedModel) -> None:
+    """Raise ValueError unless these are weights of such a model: the library would read beyond those of another."""
+    for matrix in packed.matrices.values():
+        matrix.check()
+    hidden, layers = config.hidden_size, [f"layers.{index}" for index in range(config.num_layers)]
+    sizes = {"embed": (config.vocab_size, hidden)} | ({} if config.tie_embeddings else {"head": (config.vocab_size, hidden)})
+    vectors: dict[str, tuple[int, ...]] = {"final_norm": (hidden,)}
+    if config.positions in ("learned", "sinusoidal"):
+        vectors["positions"] = (config.max_positions, hidden)
+    optional: dict[str, tuple[int, ...]] = {"final_norm_bias": (hidden,), "head_bias": (config.vocab_size,)}
+    for layer in layers:
+        sizes[f"{layer}.qkv"] = (config.query_size + 2 * config.kv_size, hidden)
+        sizes[f"{layer}.out"] = (hidden, config.query_size)
+        sizes |= {f"{layer}.{name}": (config.mlp_size, hidden) for name in (("gate", "up") if config.gated_mlp else ("up",))}
+        sizes[f"{layer}.down"] = (hidden, config.mlp_size)
+        vectors |= {f"{layer}.{name}": (hidden,) for name in ("attn_norm", "mlp_norm")}
+        vectors |= {f"{layer}.{name}": (config.head_dim,) for name in ("q_norm", "k_norm") if config.qk_norm}
+        optional |= {f"{layer}.{name}": (hidden,) for name in ("attn_norm_bias", "mlp_norm_bias")}
+    if {name: (matrix.outputs, matrix.inputs) for name, matrix in packed.matrices.items()} != sizes:
+        raise ValueError("matrices of another model")
+    found = {name: vector.shape for name, vector in packed.vectors.items()}
+    if not vectors.items() <= found.items() <= (vectors | optional).items():
+        raise ValueError("vectors of another model")
+    if any(vector.dtype != np.float32 for vector in packed.vectors.values()):
+        raise ValueError("vectors of another dtype")
+
+
 def _groups(config: ModelConfig) -> Iterator[_Group]:
     """The packed matrices of a model that the library can run."""
 
