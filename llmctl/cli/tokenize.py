@@ -136,7 +136,10 @@ def _report_training(result: "TokenizerTrained", corpus: "_Corpus", config: Trai
         "heldout_tokens": result.heldout_tokens if result.is_heldout else 0,
         "bytes_per_token": round(result.bytes_per_token, 4),
         "fingerprint": result.tokenizer.fingerprint,
+        "trainer": result.trainer,
     }
+    why = f"; gigatoken was not used: {result.trainer_reason}" if result.trainer_reason else ""
+    shell.detail(f"merges learnt by {result.trainer}{why}")
     if shell.json:
         out.line(json.dumps(facts, ensure_ascii=False))
     if result.vocab_size < config.vocab_size:

@@ -6,6 +6,7 @@ that fit into the budget are the sample. So the sample depends on the corpus and
 
 import hashlib
 import heapq
+import json
 import re
 import threading
 from collections.abc import Iterable, Iterator, Sequence
@@ -16,7 +17,9 @@ from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trai
 
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.tokenizer.chatml import CHATML_TEMPLATE, CHATML_TOKENS
+from llmctl.core.tokenizer.fast import FastRefusedError
 from llmctl.core.tokenizer.tokenizer import Tokenizer
+from llmctl.core.tokenizer.train_fast import Merges, fast_merges, vocab_of
 
 END_OF_TEXT = "<|endoftext|>"
 LLAMA3_PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
@@ -58,6 +61,10 @@ class TokenizerTrained:
     heldout_tokens: int
     bytes_per_token: float
     is_heldout: bool
+    trainer: str
+    """"gigatoken" or "tokenizers"; the merges are the same."""
+    trainer_reason: str | None
+    """Why it was not gigatoken."""
 
 
 def train_tokenizer(
@@ -98,8 +105,16 @@ def train_tokenizer(
     if not any(piece.strip() for piece in training):
         raise InputError(f"the corpus has no text to train on ({sample.num_bytes:,} bytes were read)")
     num_ordinary = vocab_size - len(specials)
-    build = {"bpe": _train_bpe, "word": _train_words}[model]
-    backend = build([part for piece in training for part in _short_runs(piece)], num_ordinary, pattern, min_frequency)
+    parts = [part for piece in training for part in _short_runs(piece)]
+    trainer, reason = "tokenizers", None
+    if model == "word":
+        backend = _train_words(parts, num_ordinary, pattern, min_frequency)
+    else:
+        try:
+            backend = _train_fast(parts, num_ordinary, pattern, min_frequency)
+            trainer = "gigatoken"
+        except FastRefusedError as error:
+            backend, reason = _train_bpe(parts, num_ordinary, pattern, min_frequency), str(error)
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     template = chat_template if chat_template is not None else (CHATML_TEMPLATE if chat else None)
     tokenizer = Tokenizer.from_parts(backend, bos=END_OF_TEXT, eos=END_OF_TEXT, pad=END_OF_TEXT, chat_template=template)
@@ -115,6 +130,8 @@ def train_tokenizer(
         heldout_tokens=measured_tokens,
         bytes_per_token=measured_bytes / measured_tokens,
         is_heldout=bool(heldout),
+        trainer=trainer,
+        trainer_reason=reason,
     )
 
 
@@ -226,6 +243,19 @@ def _train_bpe(texts: list[str], vocab_size: int, pattern: str, min_frequency: i
     )
     _run(backend, texts, trainer)
     return backend
+
+
+def _train_fast(texts: list[str], vocab_size: int, pattern: str, min_frequency: int) -> tokenizers.Tokenizer:
+    """The same as `_train_bpe`, by gigatoken. Raises FastRefusedError."""
+    if pattern != "gpt2":
+        raise FastRefusedError("it knows only GPT-2's pre-tokenisation (--pattern gpt2)")
+
+    def reference(sample: Sequence[str], size: int) -> Merges:
+        merges = json.loads(_train_bpe(list(sample), size, pattern, 0).to_str())["model"]["merges"]
+        return [(left, right) for left, right in merges]
+
+    merges = fast_merges(texts, vocab_size, min_frequency=min_frequency, reference=reference)
+    return _backend(models.BPE(vocab=vocab_of(merges), merges=merges), pattern)
 
 
 def _train_words(texts: list[str], vocab_size: int, pattern: str, min_frequency: int) -> tokenizers.Tokenizer:
