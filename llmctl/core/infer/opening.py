@@ -114,7 +114,7 @@ def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"
     from llmctl.core.infer import weightcache
     from llmctl.core.infer.source import open_source
     from llmctl.core.model.facts import num_parameters
-    from llmctl.core.model.frequencies import angles
+    from llmctl.core.model.frequencies import all_angles
     from llmctl.core.native.executor import NativeExecutor
     from llmctl.core.native.packed import pack_model
 
@@ -135,7 +135,7 @@ def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"
     executor = NativeExecutor(
         config,
         packed,
-        angles=(lambda num_positions: angles(config, num_positions)) if config.positions == "rope" else None,
+        angles=(lambda num_positions: all_angles(config, num_positions)) if config.positions == "rope" else None,
         num_threads=threads,
     )
     number_format = held if layout is None else f"{layout} in {held}"

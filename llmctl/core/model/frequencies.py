@@ -4,6 +4,7 @@ The arithmetic is that of transformers' modeling_rope_utils.py, in the same orde
 positions show every bit. Powers are taken by the caller: torch's float32 powers are the reference's to the last bit.
 """
 
+import dataclasses
 import math
 from typing import Any
 
@@ -55,6 +56,14 @@ def angles(config: ModelConfig, num_positions: int) -> tuple[Floats, Floats]:
     frequencies, factor = frequencies_from_powers(config, powers)
     turned = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies
     return np.cos(turned) * np.float32(factor), np.sin(turned) * np.float32(factor)
+
+
+def all_angles(config: ModelConfig, num_positions: int) -> tuple[Floats, ...]:
+    """`angles`, and after them those of the layers with a window where these turn by a base of their own."""
+    tables = angles(config, num_positions)
+    if config.local_rope_theta is None:
+        return tables
+    return tables + angles(dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None), num_positions)
 
 
 def _llama3(frequencies: Floats, parameters: dict[str, Any]) -> Floats:

@@ -20,8 +20,8 @@ _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _MAX_SIZE = 1 << 30
 _MAX_HEAD_SIZE = 1024
 
-Angles = Callable[[int], tuple[NDArray[np.float32], NDArray[np.float32]]]
-"""Number of positions -> cosines and sines, (positions, R / 2) each."""
+Angles = Callable[[int], tuple[NDArray[np.float32], ...]]
+"""Number of positions -> cosines and sines, (positions, R / 2) each, and those of the layers that turn by another base, if any do."""
 
 
 def supports(config: ModelConfig) -> str | None:
@@ -29,10 +29,6 @@ def supports(config: ModelConfig) -> str | None:
     for present, what in (
         (config.activation not in _ACTIVATIONS, f"the activation {config.activation}"),
         (config.experts is not None, "a mixture of experts"),
-        (config.parallel_residual, "attention and mlp side by side"),
-        (config.post_norms or not config.pre_norms, "norms after attention and mlp"),
-        (config.qk_norm_whole, "a norm over all heads"),
-        (config.local_rope_theta is not None, "rotary angles that differ by layer"),
         (config.rope_scaling is not None and config.rope_scaling.kind == "longrope", "longrope scaling"),
     ):
         if present:
@@ -67,7 +63,7 @@ class NativeExecutor:
         self.config = config
         self._session = Session(num_threads)
         self._angles = angles
-        self._angle_tables: tuple[NDArray[np.float32], NDArray[np.float32]] | None = None
+        self._angle_tables: tuple[NDArray[np.float32], ...] = ()
         self._weights = weights  # what the structs point to
         if cache_dtype is None:
             cache_dtype = "float16" if weights.is_narrow else "float32"
@@ -151,8 +147,10 @@ class NativeExecutor:
             logits=logits.ctypes.data,
         )
         if self._angles is not None:
-            cosines, sines = self._angles_up_to(int(flat_positions.max()) + 1)
-            step.cosines, step.sines = cosines.ctypes.data, sines.ctypes.data
+            tables = self._angles_up_to(int(flat_positions.max()) + 1)
+            step.cosines, step.sines = (table.ctypes.data for table in tables[:2])
+            if len(tables) > 2:
+                step.local_cosines, step.local_sines = (table.ctypes.data for table in tables[2:])
         self._session.step(self._model, step)
         if not all_logits:
             return logits
@@ -179,13 +177,12 @@ class NativeExecutor:
         if self._model.positions and longest > self.max_positions:
             raise ValueError(f"position {longest - 1} is beyond the {self.max_positions} that the model has")
 
-    def _angles_up_to(self, num_positions: int) -> tuple[NDArray[np.float32], NDArray[np.float32]]:
+    def _angles_up_to(self, num_positions: int) -> tuple[NDArray[np.float32], ...]:
         tables = self._angle_tables
-        if tables is None or len(tables[0]) < num_positions:
+        if not tables or len(tables[0]) < num_positions:
             assert self._angles is not None
             rounded = 1 << max(8, (num_positions - 1).bit_length())
-            cosines, sines = self._angles(rounded)
-            tables = self._angle_tables = np.ascontiguousarray(cosines, np.float32), np.ascontiguousarray(sines, np.float32)
+            tables = self._angle_tables = tuple(np.ascontiguousarray(table, np.float32) for table in self._angles(rounded))
         return tables
 
     def _whole(self) -> Model:
@@ -207,6 +204,8 @@ class NativeExecutor:
             gated_mlp=config.gated_mlp,
             layer_norm=config.norm == "layer",
             cache_kind=CACHE_KINDS[self._cache.dtype],
+            parallel_residual=config.parallel_residual,
+            whole_qk_norm=config.qk_norm_whole,
             norm_eps=config.norm_eps,
             attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
             attention_softcap=config.attention_softcap or 0.0,
@@ -224,13 +223,16 @@ class NativeExecutor:
 
     def _layer(self, index: int) -> Layer:
         config, matrices = self.config, self._weights.matrices
-        names = ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm")
+        norms = [f"{place}{kind}" for place in ("attn", "mlp") for kind in ("_norm", "_post_norm")]
+        names = (*norms, *(f"{name}_bias" for name in norms), "q_norm", "k_norm")
+        rotates = config.positions == "rope" and (config.rope_layers is None or config.rope_layers[index])
+        is_local = config.local_rope_theta is not None and config.window(index) is not None
         return Layer(
             **{name: matrices[f"layers.{index}.{name}"].struct() for name in ("qkv", "out", "up", "down")},
             gate=matrices[f"layers.{index}.gate"].struct() if config.gated_mlp else Matrix(),
             **{name: self._vector(f"layers.{index}.{name}") for name in names},
             window=config.window(index) or 0,
-            rotates=config.positions == "rope" and (config.rope_layers is None or config.rope_layers[index]),
+            rotates=(2 if is_local else 1) if rotates else 0,
         )
 
     def _vector(self, name: str) -> int | None:

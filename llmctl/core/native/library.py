@@ -27,7 +27,7 @@ ISA_VARIABLE = "LLMCTL_NATIVE_ISA"
 KERNEL_NAMES = ("avx512", "avx2", "baseline")
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
-ABI = 2
+ABI = 3
 """Raised with every change to a struct, a packed layout or a function."""
 
 
@@ -56,6 +56,7 @@ class Layer(ctypes.Structure):
     _fields_ = [
         *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
         *((name, c_void_p) for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm")),
+        *((name, c_void_p) for name in ("attn_post_norm", "attn_post_norm_bias", "mlp_post_norm", "mlp_post_norm_bias")),
         *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
         ("window", c_int64),
         ("rotates", c_int64),
@@ -70,7 +71,7 @@ class Model(ctypes.Structure):
             (name, c_int32)
             for name in (
                 *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "rotary_size"),
-                *("activation", "gated_mlp", "layer_norm", "cache_kind"),
+                *("activation", "gated_mlp", "layer_norm", "cache_kind", "parallel_residual", "whole_qk_norm"),
             )
         ),
         *(
@@ -93,7 +94,8 @@ class Step(ctypes.Structure):
 
     _fields_ = [
         ("num_tokens", c_int64),
-        *((name, c_void_p) for name in ("tokens", "positions", "slots", "wants_logits", "cosines", "sines", "logits")),
+        *((name, c_void_p) for name in ("tokens", "positions", "slots", "wants_logits", "local_cosines", "local_sines")),
+        *((name, c_void_p) for name in ("cosines", "sines", "logits")),
     ]
 
 

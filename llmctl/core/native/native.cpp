@@ -207,6 +207,7 @@ Scratch lay_out(Session& session, const Model& model, int64_t num_tokens) {
         {&scratch.attended, rows * scratch.attended_stride},
         {&scratch.gate, rows * scratch.mlp_stride},
         {&scratch.up, rows * scratch.mlp_stride},
+        {&scratch.branch, rows * scratch.hidden_stride},
         {&scratch.quantised, prepared * whole_groups(widest) / kQuantGroup * kQuantBytes / sizeof(float)},
         {&scratch.mlp_quantised, rows * scratch.mlp_stride / kQuantGroup * kQuantBytes / sizeof(float)},
         {&scratch.attention, scratch.attention_stride * num_threads},

@@ -11,7 +11,7 @@
 
 namespace llmctl {
 
-constexpr int32_t kAbi = 2;     // raised with every change to a struct, a layout or a function of the C interface
+constexpr int32_t kAbi = 3;     // raised with every change to a struct, a layout or a function of the C interface
 constexpr int kLanes = 16;      // output rows of one packed block
 constexpr int kQuantGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 256;     // tokens that pass through all layers together: bounds the scratch memory
@@ -56,15 +56,18 @@ struct Matrix {
 struct Layer {
     Matrix qkv, out, gate, up, down;
     const float *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;  // null where there is none
+    const float *attn_post_norm, *attn_post_norm_bias, *mlp_post_norm, *mlp_post_norm_bias;  // of what is added; null: none
     void *keys, *values;
     float *key_scales, *value_scales;  // null but for int8
     int64_t window;                    // keys that a query sees, its own included; 0: all
-    int64_t rotates;                   // whether queries and keys are rotated
+    int64_t rotates;                   // whether queries and keys are rotated: 0 no, 1 by `cosines`, 2 by `local_cosines`
 };
 
 struct Model {
     int32_t vocab_size, hidden_size, num_layers, num_heads, num_kv_heads, head_dim, mlp_size, rotary_size;
     int32_t activation, gated_mlp, layer_norm, cache_kind;
+    int32_t parallel_residual;  // x + attention(norm(x)) + mlp(norm'(x)), rather than one after the other
+    int32_t whole_qk_norm;      // q_norm and k_norm are over all heads together, not over each
     float norm_eps, attention_scale, attention_softcap, logit_softcap;  // a softcap of 0 is none
     float embedding_multiplier, residual_multiplier, logit_multiplier, unused;
     const float* positions;  // (max_positions, C), added to the embeddings, or null
@@ -79,6 +82,7 @@ struct Step {
     int64_t num_tokens;
     const int32_t *tokens, *positions, *slots;  // (M,)
     const uint8_t* wants_logits;                // (M,)
+    const float *local_cosines, *local_sines;  // of layers that rotate by another base, or null
     const float *cosines, *sines;               // (positions, rotary_size / 2), or null
     float* logits;                              // (tokens that want them, V)
 };
@@ -105,6 +109,7 @@ struct Inputs {
 // Memory of one chunk of tokens; rows are padded to whole groups of 32 numbers, zeros where something reads them.
 struct Scratch {
     float *hidden, *normed, *qkv, *attended, *gate, *up;  // one row a token
+    float* branch;                                        // what attention or mlp adds, where it is not added at once
     float *quantised, *mlp_quantised;                     // memory of QuantRows of what enters a product
     float* attention;                                     // one area a thread
     size_t hidden_stride, qkv_stride, attended_stride, mlp_stride, attention_stride;

@@ -1,8 +1,8 @@
 """A model's weights in the library's layout: packed matrices and float32 vectors by name. Knows ModelConfig and arrays; no file.
 
 Names of matrices: "embed", "head" (of a model whose head is not its embeddings), "layers.3.qkv", ".out", ".gate", ".up", ".down".
-Names of vectors: "positions", "final_norm", "final_norm_bias", "head_bias", "layers.3.attn_norm", ".attn_norm_bias", ".mlp_norm",
-".mlp_norm_bias", ".q_norm", ".k_norm".
+Names of vectors: "positions", "final_norm", "final_norm_bias", "head_bias", "layers.3.attn_norm", ".attn_post_norm", ".mlp_norm",
+".mlp_post_norm", each with "_bias" where there is one, ".q_norm", ".k_norm".
 """
 
 from collections.abc import Iterable, Iterator, Mapping
@@ -100,15 +100,22 @@ def check_packed(config: ModelConfig, packed: PackedModel) -> None:
     vectors: dict[str, tuple[int, ...]] = {"final_norm": (hidden,)}
     if config.positions in ("learned", "sinusoidal"):
         vectors["positions"] = (config.max_positions, hidden)
+    norms = (["attn_norm", "mlp_norm"] if config.pre_norms else []) + (["attn_post_norm", "mlp_post_norm"] if config.post_norms else [])
+    over = (
+        {"q_norm": config.query_size, "k_norm": config.kv_size}
+        if config.qk_norm_whole
+        else dict.fromkeys(("q_norm", "k_norm"), config.head_dim)
+    )
     optional: dict[str, tuple[int, ...]] = {"final_norm_bias": (hidden,), "head_bias": (config.vocab_size,)}
     for layer in layers:
         sizes[f"{layer}.qkv"] = (config.query_size + 2 * config.kv_size, hidden)
         sizes[f"{layer}.out"] = (hidden, config.query_size)
         sizes |= {f"{layer}.{name}": (config.mlp_size, hidden) for name in (("gate", "up") if config.gated_mlp else ("up",))}
         sizes[f"{layer}.down"] = (hidden, config.mlp_size)
-        vectors |= {f"{layer}.{name}": (hidden,) for name in ("attn_norm", "mlp_norm")}
-        vectors |= {f"{layer}.{name}": (config.head_dim,) for name in ("q_norm", "k_norm") if config.qk_norm}
-        optional |= {f"{layer}.{name}": (hidden,) for name in ("attn_norm_bias", "mlp_norm_bias")}
+        vectors |= {f"{layer}.{name}": (hidden,) for name in norms}
+        optional |= {f"{layer}.{name}_bias": (hidden,) for name in norms}
+        if config.qk_norm or config.qk_norm_whole:
+            vectors |= {f"{layer}.{name}": (size,) for name, size in over.items()}
     if {name: (matrix.outputs, matrix.inputs) for name, matrix in packed.matrices.items()} != sizes:
         raise ValueError("matrices of another model")
     found = {name: vector.shape for name, vector in packed.vectors.items()}

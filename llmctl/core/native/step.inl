@@ -74,8 +74,11 @@ class Worker {
         }
     }
 
+    // Without a weight there is no norm.
     void norm(const float* x, float* y, const float* weight, const float* bias) const {
-        if (model_.layer_norm)
+        if (!weight)
+            for (int i = 0; i < model_.hidden_size; ++i) y[i] = x[i];
+        else if (model_.layer_norm)
             layer_norm(x, weight, bias, y, model_.hidden_size, model_.norm_eps);
         else
             rms_norm(x, weight, y, model_.hidden_size, model_.norm_eps);
@@ -85,6 +88,23 @@ class Worker {
     void multiply(const Matrix& matrix, const Inputs& x, const Target& target) const {
         const Range blocks = share(num_blocks(matrix.outputs), thread_, chunk_.num_threads);
         product(matrix, blocks.first, blocks.last, x, num_tokens_, target);
+    }
+
+    // What attention or mlp gives is added to the hidden state by the product itself, unless it is normed first, or must wait
+    // because the mlp reads what attention read.
+    Target added(bool at_once) const {
+        if (at_once) return onto_hidden();
+        return {scratch_.branch, scratch_.hidden_stride, nullptr, 0, false, 1.0f, false};
+    }
+
+    // Adds this thread's rows of the branch, normed where there is a norm, and waits for the others.
+    void add_branch(const float* weight, const float* bias) const {
+        for (int t = tokens_.first; t < tokens_.last; ++t) {
+            float *x = hidden(t), *y = scratch_.branch + t * scratch_.hidden_stride;
+            if (weight) norm(y, y, weight, bias);
+            for (int i = 0; i < model_.hidden_size; ++i) x[i] += y[i] * model_.residual_multiplier;
+        }
+        wait();
     }
 
     Target onto_hidden() const { return {scratch_.hidden, scratch_.hidden_stride, nullptr, 0, true, model_.residual_multiplier, false}; }
@@ -104,6 +124,14 @@ class Worker {
         const Inputs inputs = norms(num_tokens_, is_quantised(layer.qkv), layer.attn_norm, layer.attn_norm_bias, [](int row) { return row; });
         multiply(layer.qkv, inputs, {scratch_.qkv, scratch_.qkv_stride, nullptr, 0, false, 1.0f, false});
         wait();
+        if (model_.whole_qk_norm && layer.q_norm) {
+            const int queries = model_.num_heads * model_.head_dim, keys = model_.num_kv_heads * model_.head_dim;
+            for (int t = tokens_.first; t < tokens_.last; ++t) {
+                rms_norm(qkv(t), layer.q_norm, qkv(t), queries, model_.norm_eps);
+                rms_norm(qkv(t) + queries, layer.k_norm, qkv(t) + queries, keys, model_.norm_eps);
+            }
+            wait();
+        }
         const Attention attention(model_, layer, step_);
         const int num_rows = model_.num_heads + 2 * model_.num_kv_heads;  // of one token
         const Range rows = share(num_tokens_ * num_rows, thread_, chunk_.num_threads);
@@ -115,8 +143,10 @@ class Worker {
         const Inputs attended{scratch_.attended, scratch_.attended_stride, quantised(size)};
         if (is_quantised(layer.out))
             prepare(num_tokens_, [&](int row) { quantise(attended.x + row * attended.stride, size, attended.quantised, row); });
-        multiply(layer.out, attended, onto_hidden());
+        const bool at_once = !layer.attn_post_norm && !model_.parallel_residual;
+        multiply(layer.out, attended, added(at_once));
         wait();
+        if (layer.attn_post_norm && !model_.parallel_residual) add_branch(layer.attn_post_norm, layer.attn_post_norm_bias);
     }
 
     // Row `index` of the token's heads: a query or a key is normed and rotated in place, a key or a value goes into the cache.
@@ -128,9 +158,10 @@ class Worker {
             return;
         }
         const float* weight = index < num_heads ? layer.q_norm : layer.k_norm;
-        if (weight) rms_norm(head, weight, head, size, model_.norm_eps);
+        if (weight && !model_.whole_qk_norm) rms_norm(head, weight, head, size, model_.norm_eps);
         const size_t angle = static_cast<size_t>(step_.positions[t]) * half;
-        if (layer.rotates) rotate(head, step_.cosines + angle, step_.sines + angle, half);
+        if (layer.rotates == 1) rotate(head, step_.cosines + angle, step_.sines + angle, half);
+        if (layer.rotates == 2) rotate(head, step_.local_cosines + angle, step_.local_sines + angle, half);
         if (index >= num_heads) attention.remember_key(t, index - num_heads, head);
     }
 
@@ -180,8 +211,10 @@ class Worker {
             }
         }
         wait();
-        multiply(layer.down, {inner, stride, inner_quantised}, onto_hidden());
+        if (model_.parallel_residual) add_branch(nullptr, nullptr);  // attention's part, now that nobody reads what it read
+        multiply(layer.down, {inner, stride, inner_quantised}, added(!layer.mlp_post_norm));
         wait();
+        if (layer.mlp_post_norm) add_branch(layer.mlp_post_norm, layer.mlp_post_norm_bias);
     }
 
     void logits() const {
