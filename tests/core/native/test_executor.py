@@ -153,7 +153,7 @@ def test_a_text_longer_than_the_librarys_own_chunks_and_blocks_of_keys_is_one_te
 @pytest.mark.parametrize("name", runnable_kernels())
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 @pytest.mark.parametrize("setting", MIXED)
-def test_quantised_models_are_torchs_but_for_what_rounding_their_inputs_costs(
+def test_quantised_models_are_torchs_whose_inputs_of_matrices_are_rounded(
     setting: str, quant: Any, name: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     model, config, arrays = loaded(setting)
@@ -162,14 +162,28 @@ def test_quantised_models_are_torchs_but_for_what_rounding_their_inputs_costs(
     plain = {key: array if isinstance(array, np.ndarray) else dequantise(as_quant(array)) for key, array in rounded.items()}
     names = model.state_dict().keys()
     decoder.load_state_dict({key: torch.from_numpy(np.ascontiguousarray(plain[key])) for key in names})
+    for module in decoder.modules():
+        if isinstance(module, torch.nn.Linear):
+            module.register_forward_pre_hook(lambda _, inputs: (rounded_to_codes(inputs[0]),))
     tokens = random_tokens(1, 40)
     with torch.inference_mode():
-        want = decoder.eval()(tokens).numpy()[0]
+        want = decoder.eval().logits(rounded_to_codes(decoder.hidden(tokens))).numpy()[0]
     with forced(name, monkeypatch):
-        got = whole_text(native(config, arrays, quant=quant, num_threads=2), tokens[0].numpy())
+        executor = native(config, arrays, quant=quant, num_threads=2, cache_dtype="float32")
+        got = whole_text(executor, tokens[0].numpy())
     error = np.abs(got - want)
-    assert error.max() < 0.06 * np.abs(want).max(), error.max() / np.abs(want).max()
-    assert np.sqrt((error**2).mean()) < 0.02 * np.sqrt((want**2).mean())
+    assert error.max(axis=1).min() < 1e-5 * np.abs(want).max()  # some rows are the same but for float32's rounding, in others
+    # a number at the border of two codes fell to the other side, and those after it see that
+    assert error.max() < 0.03 * np.abs(want).max(), error.max() / np.abs(want).max()
+    assert np.sqrt((error**2).mean()) < 0.01 * np.sqrt((want**2).mean())
+
+
+def rounded_to_codes(x: torch.Tensor) -> torch.Tensor:
+    """Numbers (..., C) in groups of 32, each rounded to 127 steps on either side of 0."""
+    padded = torch.nn.functional.pad(x, (0, -x.shape[-1] % 32)).unflatten(-1, (-1, 32))
+    step = padded.abs().amax(dim=-1, keepdim=True) / 127
+    codes = torch.where(step > 0, torch.round(padded / step), torch.zeros(()))
+    return (codes * step).flatten(-2)[..., : x.shape[-1]]
 
 
 @pytest.mark.parametrize("setting", MIXED)
