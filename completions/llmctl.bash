@@ -52,10 +52,10 @@ _llmctl() {
             esac
             ;;
         'finetune')
-            words='--model -m --data --val-data --val-fraction --out-dir -o --output-dir --method --mask-prompt --no-mask-prompt --chat-template --chat --raw --seq-len --max-seq-length --too-long --drop-empty --no-drop-empty --on-error --resize-vocab --no-resize-vocab --seed --epochs --max-steps --max-tokens --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --eval-every --eval-tokens --save-every --log-every --log --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-full --dry-run --no-dry-run --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--model -m --data --val-data --val-fraction --out-dir -o --output-dir --method --mask-prompt --no-mask-prompt --chat-template --chat --raw --seq-len --max-seq-length --too-long --drop-empty --no-drop-empty --on-error --resize-vocab --no-resize-vocab --seed --lora-rank --lora-r --lora-alpha --lora-dropout --lora-targets --epochs --max-steps --max-tokens --max-time --batch-size -b --micro-batch-size --optimizer --learning-rate --lr --muon-learning-rate --weight-decay --beta1 --beta2 --muon-momentum --clip --schedule --warmup-steps --decay-fraction --final-lr-fraction --eval-every --eval-tokens --save-every --log-every --log --keep-last --resume --no-resume --resume-from --auto-resume --no-auto-resume --allow-change --nonfinite --on-full --dry-run --no-dry-run --device --dtype --precision --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             case $prev in
                 --model|-m|--data|--val-data|--chat-template|--config|-c) values='file' ;;
-                --val-fraction|--seq-len|--max-seq-length|--seed|--epochs|--max-steps|--max-tokens|--max-time|--batch-size|-b|--micro-batch-size|--learning-rate|--lr|--muon-learning-rate|--weight-decay|--beta1|--beta2|--muon-momentum|--clip|--warmup-steps|--decay-fraction|--final-lr-fraction|--eval-every|--eval-tokens|--save-every|--log-every|--keep-last|--allow-change|--nonfinite|--threads) values='any' ;;
+                --val-fraction|--seq-len|--max-seq-length|--seed|--lora-rank|--lora-r|--lora-alpha|--lora-dropout|--lora-targets|--epochs|--max-steps|--max-tokens|--max-time|--batch-size|-b|--micro-batch-size|--learning-rate|--lr|--muon-learning-rate|--weight-decay|--beta1|--beta2|--muon-momentum|--clip|--warmup-steps|--decay-fraction|--final-lr-fraction|--eval-every|--eval-tokens|--save-every|--log-every|--keep-last|--allow-change|--nonfinite|--threads) values='any' ;;
                 --out-dir|-o|--output-dir|--resume-from) values='dir' ;;
                 --method) values='full lora' ;;
                 --too-long) values='cut-end cut-start drop error' ;;
@@ -69,10 +69,10 @@ _llmctl() {
             esac
             ;;
         'generate')
-            words='--prompt -p --prompt-file -f --system --preset --set --lines --no-lines --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --interactive --no-interactive --transcript --continue-from --continue --model -m --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --logprobs --code --no-code --stats --no-stats --input -i --output -o --overwrite --no-overwrite --ordered --no-ordered --shard --merge --no-merge --batch-size -b --device --dtype --precision --quant --executor --threads --verify-cache --no-verify-cache --speculate --draft-model --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--prompt -p --prompt-file -f --system --preset --set --lines --no-lines --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --interactive --no-interactive --transcript --continue-from --continue --model -m --adapter --adapter-path --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --logprobs --code --no-code --stats --no-stats --input -i --output -o --overwrite --no-overwrite --ordered --no-ordered --shard --merge --no-merge --batch-size -b --device --dtype --precision --quant --executor --threads --verify-cache --no-verify-cache --speculate --draft-model --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='any'
             case $prev in
-                --prompt|-p|--system|--preset|--set|--max-new-tokens|-n|--max-tokens|--min-new-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--best-of|--num-beams|--length-penalty|--logprobs|--shard|--batch-size|-b|--threads|--speculate|--draft-model) values='any' ;;
+                --prompt|-p|--system|--preset|--set|--adapter|--adapter-path|--max-new-tokens|-n|--max-tokens|--min-new-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--best-of|--num-beams|--length-penalty|--logprobs|--shard|--batch-size|-b|--threads|--speculate|--draft-model) values='any' ;;
                 --prompt-file|-f|--chat-template|--transcript|--continue-from|--continue|--model|-m|--tokenizer|--input|-i|--output|-o|--config|-c) values='file' ;;
                 --truncate) values='left right' ;;
                 --early-stopping) values='true false never' ;;
@@ -83,12 +83,12 @@ _llmctl() {
             esac
             ;;
         'eval')
-            words='--model -m --tokenizer --bos --seq-len --max-seq-length --stride --field --split --tasks --data --limit --num-fewshot --seed --output -o --log-samples --overwrite --no-overwrite --fail-under --cache --no-cache --cache-dir --restart --no-restart --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--model -m --adapter --adapter-path --tokenizer --bos --seq-len --max-seq-length --stride --field --split --tasks --data --limit --num-fewshot --seed --output -o --log-samples --overwrite --no-overwrite --fail-under --cache --no-cache --cache-dir --restart --no-restart --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
                 --model|-m|--tokenizer|--output|-o|--log-samples|--config|-c) values='file' ;;
+                --adapter|--adapter-path|--seq-len|--max-seq-length|--stride|--field|--tasks|--limit|--num-fewshot|--seed|--fail-under|--batch-size|-b|--threads) values='any' ;;
                 --bos) values='auto yes no' ;;
-                --seq-len|--max-seq-length|--stride|--field|--tasks|--limit|--num-fewshot|--seed|--fail-under|--batch-size|-b|--threads) values='any' ;;
                 --split) values='train val' ;;
                 --data|--cache-dir) values='dir' ;;
                 --device) values='auto cpu cuda mps' ;;
@@ -97,12 +97,12 @@ _llmctl() {
             esac
             ;;
         'export')
-            words='--output -o --out-dir --output-dir --format --overwrite --no-overwrite --verify --no-verify --max-shard-size --binary --no-binary --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--adapter --adapter-path --output -o --out-dir --output-dir --format --overwrite --no-overwrite --verify --no-verify --max-shard-size --binary --no-binary --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
+                --adapter|--adapter-path|--max-shard-size|--threads) values='any' ;;
                 --output|-o|--out-dir|--output-dir|--config|-c) values='file' ;;
                 --format) values='hf gguf quant word2vec' ;;
-                --max-shard-size|--threads) values='any' ;;
                 --dtype|--precision) values='float32 f32 bfloat16 bf16 float16 f16 q8_0 q4_0' ;;
                 --quant) values='int8 int4' ;;
             esac

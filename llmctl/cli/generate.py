@@ -23,7 +23,6 @@ if TYPE_CHECKING:
     from llmctl.core.infer.preset import Preset
     from llmctl.core.infer.prompting import Prompt
 
-BUILT_IN_MODEL = "storyteller"
 MAX_PROMPT_BYTES = 4 << 20
 
 _HELP = """Generate text from a prompt, from stdin, or for each row of a JSONL file.
@@ -81,11 +80,11 @@ def run(config: GenerateConfig, shell: Shell) -> None:
 
 
 def _verify_cache(config: GenerateConfig, shell: Shell) -> None:
-    from llmctl.core.checkpoint import resolve_model
+    from llmctl.core.checkpoint import resolve_adapted
     from llmctl.core.infer.opening import verify_packed
 
-    path = resolve_model(config.model or BUILT_IN_MODEL)
-    found = verify_packed(path, dtype=config.dtype, quant=config.quant)  # type: ignore[arg-type]  # checked by its choices
+    path, adapter = resolve_adapted(config.model, config.adapter)
+    found = verify_packed(path, dtype=config.dtype, quant=config.quant, adapter=adapter)  # type: ignore[arg-type]  # checked by its choices
     shell.note("no packed weights are kept for this model" if found is None else "the packed weights and their sources are whole")
     if found is not None:
         out.line(found)
@@ -96,7 +95,8 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
     from llmctl.core.infer.generator import Generator
 
     return Generator.open(
-        config.model or BUILT_IN_MODEL,
+        config.model,
+        adapter=config.adapter,
         tokenizer=config.tokenizer,
         chat_template=read_template(config),
         device=config.device,

@@ -146,6 +146,7 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
     return {
         "input": input_hash,
         "model": model_fingerprint(generator.path),
+        **({} if generator.adapter is None else {"adapter": model_fingerprint(generator.adapter)}),
         "tokenizer": generator.tokenizer.fingerprint,
         "chat_template": None if template is None else hashlib.sha256(template.encode("utf-8", "surrogatepass")).hexdigest(),
         "system": config.system,

@@ -2,7 +2,7 @@
 
 import json
 
-from llmctl.cli.generate import BUILT_IN_MODEL, open_generator, read_preset, read_template, warn_of_cut
+from llmctl.cli.generate import open_generator, read_preset, read_template, warn_of_cut
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
 from llmctl.core.config.generate import GenerateConfig
@@ -10,17 +10,18 @@ from llmctl.core.config.generate import GenerateConfig
 
 def show_prompt(config: GenerateConfig, shell: Shell, text: str) -> None:
     """One line a token on stdout: its id, its text as a JSON string, and "special" where it is one; or JSON in one line."""
-    from llmctl.core.checkpoint import check_tokenizer, load_config, load_tokenizer, resolve_model
+    from llmctl.core.checkpoint import check_tokenizer, load_config, load_tokenizer, resolve_adapted
     from llmctl.core.infer.prompting import Prompter
     from llmctl.core.infer.results import to_line
 
-    path = resolve_model(config.model or BUILT_IN_MODEL)
+    path, adapter = resolve_adapted(config.model, config.adapter)
     if path.suffix == ".gguf":
         generator = open_generator(config, num_slots=1)
         words, prompter = generator.tokenizer, generator.prompter
     else:
         where = path if config.tokenizer is None else config.tokenizer
-        words, facts = load_tokenizer(where), load_config(path)[0]
+        words = load_tokenizer(where, adapter=adapter if config.tokenizer is None else None)
+        facts = load_config(path)[0]
         check_tokenizer(words, facts, where=where)
         words.chat_template = read_template(config) or words.chat_template
         prompter = Prompter(

@@ -10,7 +10,7 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.cli.generate import BUILT_IN_MODEL, draw_seed, open_generator, read_preset, read_prompt
+from llmctl.cli.generate import draw_seed, open_generator, read_preset, read_prompt
 from llmctl.cli.generate_stats import Stats
 from llmctl.cli.line_editor import LineEditor
 from llmctl.cli.shell import Shell, stderr_line
@@ -76,16 +76,19 @@ class _Conversation:
     """The talk with its terminal and its file."""
 
     def __init__(self, config: GenerateConfig, shell: Shell, stored: "StoredTalk | None", transcript: "Transcript | None") -> None:
+        from llmctl.core.checkpoint.resolve import DEFAULT_MODEL
         from llmctl.core.infer.defaults import merged
         from llmctl.core.infer.talk import Talk, TalkSettings
         from llmctl.core.infer.transcript import StoredTalk
 
         self._shell, self._transcript, self._wants_stats = shell, transcript, config.stats
-        model = config.model or (BUILT_IN_MODEL if stored is None else stored.model)
+        model = config.adapter or config.model or (DEFAULT_MODEL if stored is None else stored.model)  # an adapter names its base
         chat = config.chat if config.chat is not None or stored is None else (None if stored.chat else False)
         preset = read_preset(config)
         self._stats = Stats()
-        generator = open_generator(dataclasses.replace(config, model=model, chat=chat, system=None), num_slots=1)
+        generator = open_generator(
+            dataclasses.replace(config, model=config.model if config.adapter else model, chat=chat, system=None), num_slots=1
+        )
         uses_chat = generator.prompter.uses_chat
         if stored is not None and stored.chat and not uses_chat:
             where = f"--continue {config.continue_from}"

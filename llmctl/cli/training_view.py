@@ -75,7 +75,7 @@ def plan_lines(plan: Planned) -> list[str]:
     """The plan as text, before the first step."""
     return [
         f"model      {plan.family}, {counted(plan.num_layers, 'layer')} x {plan.hidden_size}, vocabulary {plan.vocab_size:,}:"
-        f" {plan.num_parameters:,} parameters",
+        f" {plan.num_parameters:,} parameters{_trained(plan)}",
         f"data       {plan.data_tokens:,} tokens; {plan.num_tokens:,} will be seen, {plan.epochs:.2f} epochs",
         f"steps      {plan.num_steps:,} of {plan.batch_tokens:,} tokens ({plan.batch_size} x {plan.seq_len}, in micro-batches of"
         f" {plan.micro_batch_size}), warm-up {plan.warmup_steps}",
@@ -87,6 +87,12 @@ def plan_lines(plan: Planned) -> list[str]:
         f"time       about {duration(plan.estimated_s)} (at half the matmul peak)",
         f"run        {plan.run_dir}, seed {plan.seed}",
     ]
+
+
+def _trained(plan: Planned) -> str:
+    if plan.num_trained == plan.num_parameters:
+        return ""
+    return f"; adapters of {plan.num_trained:,} ({plan.num_trained / plan.num_parameters:.2%}) are trained"
 
 
 def _every(steps: int, zero: str = "at the end") -> str:

@@ -8,6 +8,7 @@ from llmctl.core.errors import NotFoundError
 
 FILES = (
     "config.json",
+    "adapter_config.json",
     "generation_config.json",
     "*.safetensors",
     "model.safetensors.index.json",
@@ -61,7 +62,7 @@ def fetch_model(reference: str) -> Path:
 
     try:
         found = snapshot(local_only=True)
-        if (found / "config.json").is_file() and any(found.glob("*.safetensors")):
+        if any((found / name).is_file() for name in FILES[:2]) and any(found.glob("*.safetensors")):
             return found
     except LocalEntryNotFoundError:
         pass

@@ -43,7 +43,7 @@ class TensorFile:
         self.path = path
         with open_regular(path) as file:
             file_bytes = os.fstat(file.fileno()).st_size
-            self.entries = _read_header(file, path, file_bytes)
+            self.entries, self.metadata = _read_header(file, path, file_bytes)
             self.buffer = mmap.mmap(file.fileno(), file_bytes, access=mmap.ACCESS_COPY)
 
     def forget(self, entry: TensorEntry) -> None:
@@ -66,7 +66,7 @@ def open_regular(path: Path) -> Any:
         raise InputError(f"cannot read {path}: {getattr(error, 'strerror', None) or error}") from error
 
 
-def _read_header(file: Any, path: Path, file_bytes: int) -> dict[str, TensorEntry]:
+def _read_header(file: Any, path: Path, file_bytes: int) -> tuple[dict[str, TensorEntry], dict[str, str]]:
     prefix = file.read(8)
     if len(prefix) < 8:
         raise InputError(f"{path}: {file_bytes} bytes are too few for a safetensors file")
@@ -83,7 +83,8 @@ def _read_header(file: Any, path: Path, file_bytes: int) -> dict[str, TensorEntr
         name: _read_entry(path, name, fields, 8 + header_bytes, data_bytes) for name, fields in header.items() if name != "__metadata__"
     }
     _check_cover(path, entries, 8 + header_bytes, file_bytes)
-    return entries
+    notes = header.get("__metadata__")
+    return entries, {key: text for key, text in notes.items() if isinstance(text, str)} if isinstance(notes, dict) else {}
 
 
 def _read_entry(path: Path, name: str, fields: Any, data_start: int, data_bytes: int) -> TensorEntry:

@@ -56,7 +56,12 @@ def test_a_run_ends_well_and_is_told_as_json(place: Path) -> None:
         (["--data", "{place}/bad.jsonl"], 4, "bad.jsonl: row 2: message 1 has the role 'bot'"),
         (["--data", "{place}/bad.jsonl", "--on-error", "skip", "-o", "{place}/skipping"], 3, "skipped_rows.jsonl"),
         (["--data", "{place}/rows.jsonl", "--seq-len", "8"], 4, "--drop-empty"),
-        (["--data", "{place}/rows.jsonl", "--method", "lora"], 2, "not available yet"),
+        (["--data", "{place}/rows.jsonl", "--lora-r", "4"], 2, "--lora-rank needs --method lora"),
+        (
+            ["--data", "{place}/rows.jsonl", "--method", "lora", "--lora-targets", "wq"],
+            4,
+            "--lora-targets wq: this model has no such module",
+        ),
         (["--data", "{place}/rows.jsonl", "--too-long", "fold"], 2, "--too-long"),
         (["--data", "{place}/none.jsonl"], 10, "none.jsonl: no such file"),
         (["--data", "{place}/rows.jsonl", "--resume"], 10, "--resume"),
@@ -73,21 +78,22 @@ def test_every_failure_has_its_exit_code_and_one_line(place: Path, arguments: li
     assert done.stdout == ""
 
 
-def test_killed_in_the_middle_and_resumed_it_ends_as_an_unbroken_run(place: Path) -> None:
+@pytest.mark.parametrize("method", [[], ["--method", "lora", "--lora-dropout", 0.2]], ids=["full", "lora"])
+def test_killed_in_the_middle_and_resumed_it_ends_as_an_unbroken_run(place: Path, tmp_path: Path, method: list[Any]) -> None:
     """kill -9, wherever it falls: weights and optimizer in the end are those of the run that nobody stopped."""
-    common = ["--data", place / "rows.jsonl", "--max-steps", 8, "--save-every", 2, "--batch-size", 2, "--threads", 1, "-q"]
-    assert finetune(place, *common, "-o", place / "whole").returncode == 0
+    common = ["--data", place / "rows.jsonl", "--max-steps", 8, "--save-every", 2, "--batch-size", 2, "--threads", 1, "-q", *method]
+    assert finetune(place, *common, "-o", tmp_path / "whole").returncode == 0
     command = [sys.executable, "-m", "llmctl", "finetune", "-m", place / "base", "--dtype", "f32", "--seq-len", 64, *common]
-    killed = subprocess.Popen([*map(str, command), "-o", str(place / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    metrics = place / "killed" / "metrics.jsonl"
+    killed = subprocess.Popen([*map(str, command), "-o", str(tmp_path / "killed")], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    metrics = tmp_path / "killed" / "metrics.jsonl"
     while killed.poll() is None and not (metrics.exists() and metrics.read_bytes().count(b'"step"') >= 3):
         time.sleep(0.01)
     killed.kill()
     killed.wait()
-    resumed = llmctl("finetune", "-o", place / "killed", "--auto-resume", *([] if metrics.exists() else common))
+    resumed = llmctl("finetune", "-o", tmp_path / "killed", "--auto-resume", *([] if metrics.exists() else common))
     assert resumed.returncode == 0, resumed.stderr
-    for name in ("model.safetensors", "trainer/optimizer.safetensors"):
-        assert sha256_file(place / "killed" / "step-00000008" / name) == sha256_file(place / "whole" / "step-00000008" / name)
+    for name in ("adapter_model.safetensors" if method else "model.safetensors", "trainer/optimizer.safetensors"):
+        assert sha256_file(tmp_path / "killed" / "step-00000008" / name) == sha256_file(tmp_path / "whole" / "step-00000008" / name)
     steps = [json.loads(line)["step"] for line in metrics.read_text().splitlines() if '"kind": "step"' in line]
     assert steps == list(range(1, 9))
 

@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     )
     from llmctl.core.checkpoint.load import LoadedModel, assemble, load_model, load_model_and_tokenizer
     from llmctl.core.checkpoint.quantised import save_quantised
-    from llmctl.core.checkpoint.resolve import resolve_model
-    from llmctl.core.checkpoint.save import MAX_SHARD_BYTES, hf_tensors, save_model
+    from llmctl.core.checkpoint.resolve import resolve_adapted, resolve_model
+    from llmctl.core.checkpoint.save import MAX_SHARD_BYTES, hf_tensors, save_adapter, save_model
     from llmctl.core.checkpoint.stored import stored_arrays, stored_tensors
 
 __all__ = [
@@ -37,7 +37,9 @@ __all__ = [
     "load_tokenizer",
     "own_layout",
     "read_generation",
+    "resolve_adapted",
     "resolve_model",
+    "save_adapter",
     "save_model",
     "save_quantised",
     "stated_license",
@@ -61,8 +63,8 @@ _HOMES = {
     ),
     "load": ("LoadedModel", "assemble", "load_model", "load_model_and_tokenizer"),
     "quantised": ("save_quantised",),
-    "resolve": ("resolve_model",),
-    "save": ("MAX_SHARD_BYTES", "hf_tensors", "save_model"),
+    "resolve": ("resolve_adapted", "resolve_model"),
+    "save": ("MAX_SHARD_BYTES", "hf_tensors", "save_adapter", "save_model"),
     "stored": ("stored_arrays", "stored_tensors"),
 }
 

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
 
 MAX_CONFIG_BYTES = 4 << 20
+ADAPTER_CONFIG = "adapter_config.json"
 QUANT_METHOD, QUANT_FORMAT = "llmctl", 1
 """The `quant_method` and `format` in the quantization_config of directories with quantised weights of our own; see quantised.py."""
 
@@ -49,8 +50,15 @@ def own_layout(raw: Mapping[str, Any], *, where: object) -> Layout | None:
     return layout
 
 
+def is_adapter(path: Path) -> bool:
+    """Whether `path` is a directory with an adapter (adapter.py) rather than a model."""
+    return (path / ADAPTER_CONFIG).is_file() and not (path / "config.json").exists()
+
+
 def check_trainable(path: Path) -> None:
-    """Raise InputError when the weights of `path` are quantised: too coarse for a training step to change them."""
+    """Raise InputError when `path` is an adapter, or its weights are quantised: too coarse for a training step to change them."""
+    if is_adapter(path):
+        raise InputError(f"{path} is an adapter, and training starts from a model; merge it into one: llmctl export {path} -o FOLDER")
     raw = read_object(path / "config.json") if path.is_dir() else None
     if raw is not None and own_layout(raw, where=path) is not None:
         raise InputError(f"{path}: the weights are quantised and cannot be trained; take the model that they were made from")
@@ -99,9 +107,9 @@ def token_ids(value: Any) -> tuple[int, ...]:
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
 
 
-def load_tokenizer(path: Path) -> "Tokenizer":
-    """The tokenizer of a model directory or of a `.gguf` file."""
-    path = Path(path)
+def load_tokenizer(path: Path, *, adapter: Path | None = None) -> "Tokenizer":
+    """The tokenizer of a model directory or of a `.gguf` file; that of `adapter` where it has one."""
+    path = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else Path(path)
     if path.suffix == ".gguf":
         from llmctl.core.families.gguf_tokenizer import tokenizer_from_gguf
         from llmctl.core.gguf import GgufFile

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from llmctl.core.checkpoint.adapter import NO_MERGING, Merger
 from llmctl.core.checkpoint.calibrate import input_importance
 from llmctl.core.checkpoint.folder import (
     check_tokenizer,
@@ -30,7 +31,7 @@ from llmctl.core.checkpoint.resolve import check_kind
 from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, open_tensors, stored_tensors
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, UsageError
-from llmctl.core.families import Family
+from llmctl.core.families import Family, family_named
 from llmctl.core.model.decoder import Decoder
 from llmctl.core.quant import GGUF_LAYOUTS, Layout, layout_for
 
@@ -58,6 +59,10 @@ class LoadedModel:
     """The layout that the matrices are held in, if they are quantised."""
     note: str | None = None
     """What the user should know of how it runs."""
+    adapter: Path | None = None
+    """The adapter that is merged into the weights."""
+    fingerprint: str | None = None
+    """That of the weights in `path`, before an adapter, where it was asked for; see adapter.Fingerprint."""
 
     @property
     def number_format(self) -> str:
@@ -73,40 +78,52 @@ def load_model(
     device: torch.device | str = "cpu",
     quant: Layout | None = None,
     adapt: bool = False,
+    adapter: Path | None = None,
+    identify: bool = False,
 ) -> LoadedModel:
     """Load a model directory or a `.gguf` file into a decoder in eval mode.
 
     `dtype` None keeps the number format of the embeddings (float32 for those of a quantised GGUF); all weights get the
     same. With `quant`, and from a quantised directory, the matrices are held quantised (quantweight.py), and
     `dtype` is what is computed in; None is float32 then. With `adapt`, an architecture that no family covers runs through
-    transformers, for inference only, and `note` says so. Raises NotFoundError when the files are not there, InputError
-    when they are bad, unsafe or do not fit each other.
+    transformers, for inference only, and `note` says so. `adapter`, a directory, is merged into the weights in float32
+    before they are converted to anything. `identify` asks for the fingerprint. Raises NotFoundError when the files are not
+    there, InputError when they are bad, unsafe or do not fit each other, as an adapter and a model that is not its base.
     """
     path = Path(path)
     if path.exists():
         check_kind(path)
     if path.suffix == ".gguf":
-        return _load_gguf(path, dtype=dtype, device=device, quant=quant)
+        return _load_gguf(path, dtype=dtype, device=device, quant=quant, adapter=adapter, identify=identify)
     unknown = unknown_architecture(path) if adapt else None
     if unknown is not None:
+        if adapter is not None:
+            raise UsageError(f"--adapter {adapter}: not for the architecture {unknown['model_type']!r}, which runs through transformers")
         return _load_adapted(path, unknown, dtype=dtype, device=device, quant=quant)
     config, family, raw = load_config(path)
-    generation = read_generation(path)
+    generation = read_generation(path) | ({} if adapter is None else read_generation(adapter))
     own = own_layout(raw, where=path / "config.json")
+    merger = Merger.of(adapter, config, family, identify=identify)
     if own is not None:
+        if adapter is not None:
+            raise InputError(f"{path}: {NO_MERGING}")
         tensors = _quantised_tensors(path, config, dtype=dtype, own=own, quant=quant)
     elif quant is not None:
         dtype = torch.float32 if dtype is None else dtype
         importance = None
         if quant == "int4":
-            importance = input_importance(assemble(config, dict(_our_tensors(path, config, family, dtype=None)), device="cpu"))
-        tensors = quantised(_our_tensors(path, config, family, dtype=torch.float32), quant, dtype=dtype, importance=importance)
+            stored = dict(_our_tensors(path, config, family, dtype=None, merger=merger))
+            importance = input_importance(assemble(config, stored, device="cpu"))
+        plain = _our_tensors(path, config, family, dtype=torch.float32, merger=merger)
+        tensors = quantised(plain, quant, dtype=dtype, importance=importance)
         own = quant
     else:
-        tensors = _our_tensors(path, config, family, dtype=dtype)
-    model = assemble(config, dict(tensors), device=device)
+        tensors = _our_tensors(path, config, family, dtype=dtype, merger=merger)
+    held = dict(tensors)
+    fingerprint = merger.checked(path)
+    model = assemble(config, held, device=device)
     eos_ids = token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id"))
-    return LoadedModel(model, config, family.name, model.dtype, path, eos_ids, generation, own)
+    return LoadedModel(model, config, family.name, model.dtype, path, eos_ids, generation, own, adapter=adapter, fingerprint=fingerprint)
 
 
 def load_model_and_tokenizer(
@@ -116,12 +133,16 @@ def load_model_and_tokenizer(
     device: torch.device | str = "cpu",
     quant: Layout | None = None,
     adapt: bool = False,
+    adapter: Path | None = None,
 ) -> tuple[LoadedModel, "Tokenizer"]:
-    """Both, checked against each other before the weights are opened where the config tells enough. See `load_model`."""
-    tokenizer = load_tokenizer(path)
+    """Both, checked against each other before the weights are opened where the config tells enough. See `load_model`.
+
+    The tokenizer is the adapter's where that has one.
+    """
+    tokenizer = load_tokenizer(path, adapter=adapter)
     if Path(path).suffix != ".gguf" and not (adapt and unknown_architecture(path) is not None):
         check_tokenizer(tokenizer, load_config(path)[0], where=path)
-    loaded = load_model(path, dtype=dtype, device=device, quant=quant, adapt=adapt)
+    loaded = load_model(path, dtype=dtype, device=device, quant=quant, adapt=adapt, adapter=adapter)
     check_tokenizer(tokenizer, loaded.config, where=path)
     return loaded, tokenizer
 
@@ -148,13 +169,23 @@ def assemble(config: ModelConfig, tensors: dict[str, Tensor], *, device: torch.d
     return model.eval()
 
 
-def _our_tensors(folder: Path, config: ModelConfig, family: Family, *, dtype: torch.dtype | None) -> Iterator[tuple[str, Tensor]]:
+def _merged(merger: Merger, name: str, tensor: Tensor) -> Tensor:
+    """`tensor` with what the adapter adds to it."""
+    array = (tensor.view(torch.uint16) if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    result = merger.added_to(name, array)
+    return tensor if result is array else torch.from_numpy(result)
+
+
+def _our_tensors(
+    folder: Path, config: ModelConfig, family: Family, *, dtype: torch.dtype | None, merger: Merger
+) -> Iterator[tuple[str, Tensor]]:
     """The decoder's tensors, one after the other, so that only one at a time needs room for a conversion."""
     tensors = stored_tensors(folder, config, family)
     target = _TORCH_DTYPES[tensors[0][1].entry.dtype] if dtype is None else dtype
     for binding, stored in tensors:
         source = _tensor(stored)
-        parts = [part.to(target).contiguous() for part in binding.rule.to_ours(source, binding.our_shapes)]
+        ours = zip(binding.ours, binding.rule.to_ours(source, binding.our_shapes), strict=True)
+        parts = [_merged(merger, name, part).to(target).contiguous() for name, part in ours]
         yield from zip(binding.ours, parts, strict=True)
         if all(part.untyped_storage().data_ptr() != source.untyped_storage().data_ptr() for part in parts):
             del source
@@ -182,7 +213,15 @@ def _quantised_tensors(
         raise InputError(f"{folder}: {error}") from error
 
 
-def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | str, quant: Layout | None) -> LoadedModel:
+def _load_gguf(
+    path: Path,
+    *,
+    dtype: torch.dtype | None,
+    device: torch.device | str,
+    quant: Layout | None,
+    adapter: Path | None = None,
+    identify: bool = False,
+) -> LoadedModel:
     """A model from a GGUF file: weights dequantised, or held quantised; rows of q and k put back into Hugging Face's order."""
     from llmctl.core.checkpoint.gguf import open_gguf
     from llmctl.core.families.gguf import halves_from_pairs
@@ -197,15 +236,16 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
     matrices = [b for b in found.bindings if quant is not None and layout_for(b.ours[0], b.our_shapes[0], quant) == "int4"]
     if any(GGUF_LAYOUTS.get(found.entry(binding).kind) != "int4" for binding in matrices):
         importance = input_importance(_load_gguf(path, dtype=torch.float32, device="cpu", quant=None).model)
+    merger = Merger.of(adapter, config, family_named(found.record.family), identify=identify)
     tensors: dict[str, Tensor] = {}
     for binding in found.bindings:
-        held = held_in_gguf(file, found.entry(binding), binding, quant) if quant is not None else None
+        held = held_in_gguf(file, found.entry(binding), binding, quant) if quant is not None and adapter is None else None
         if held is not None:
             for name, part in zip(binding.ours, held, strict=True):
                 rows = (lambda rows: halves_from_pairs(rows, config.head_dim)) if found.record.reorders(name) else np.asarray
                 tensors[name] = QuantWeight.of(part.map_rows(rows), dtype=stored)
         else:
-            arrays = {name: torch.from_numpy(array) for name, array in found.arrays(binding)}
+            arrays = {name: torch.from_numpy(merger.added_to(name, array)) for name, array in found.arrays(binding)}
             if quant is None:
                 tensors |= {name: tensor.to(stored).contiguous() for name, tensor in arrays.items()}
             else:
@@ -213,5 +253,10 @@ def _load_gguf(path: Path, *, dtype: torch.dtype | None, device: torch.device | 
                     ((name, tensor.float()) for name, tensor in arrays.items()), quant, dtype=stored, importance=importance
                 )
         file.forget(found.entry(binding))
+    fingerprint = merger.checked(path)
     model = assemble(config, tensors, device=device)
-    return LoadedModel(model, config, found.record.family, model.dtype, path, eos_ids_of(file.metadata), {}, quant)
+    generation = {} if adapter is None else read_generation(adapter)
+    eos_ids = token_ids(generation.get("eos_token_id")) or eos_ids_of(file.metadata)
+    return LoadedModel(
+        model, config, found.record.family, model.dtype, path, eos_ids, generation, quant, adapter=adapter, fingerprint=fingerprint
+    )

@@ -1,20 +1,23 @@
 """Writing a model directory that transformers loads. Knows families and tensors."""
 
+import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from llmctl.core.checkpoint.folder import and_more, bindings_of, token_ids
+from llmctl.core.checkpoint.adapter import FINGERPRINT_KEY, WEIGHTS_NAME, adaptable_modules, adapter_config, choose_modules, peft_arrays
+from llmctl.core.checkpoint.folder import ADAPTER_CONFIG, and_more, bindings_of, token_ids
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, write_error
 from llmctl.core.families import Family, family_named
 from llmctl.core.files import write_json
 from llmctl.core.model.decoder import sinusoidal_table
 from llmctl.core.model.facts import tensor_shapes
+from llmctl.core.model.lora import LoraConfig
 from llmctl.core.tensorfile import INDEX_NAME, SINGLE_NAME
 
 if TYPE_CHECKING:
@@ -79,15 +82,49 @@ def write_around(
     extra: Mapping[str, Any] | None = None,
 ) -> None:
     """Write all of a model directory but its weights. `extra` are further keys of config.json."""
-    generation = dict(generation or {})
-    bos, eos, pad = _special_ids(tokenizer, generation)
+    bos, eos, pad = _special_ids(tokenizer, generation or {})
     described = family.write_config(config, dtype=_DTYPE_NAMES[dtype], bos_id=bos, eos_ids=eos, pad_id=pad)
     write_json(directory / "config.json", {**described, **(extra or {})})
+    _write_words(directory, tokenizer, generation or {})
+
+
+def _write_words(directory: Path, tokenizer: "Tokenizer | None", generation: Mapping[str, Any]) -> None:
+    """The generation config and the tokenizer."""
+    bos, eos, pad = _special_ids(tokenizer, generation)
     ids = {"bos_token_id": bos, "eos_token_id": (eos[0] if len(eos) == 1 else list(eos)) if eos else None, "pad_token_id": pad}
     known = {key: value for key, value in ids.items() if value is not None}
     write_json(directory / "generation_config.json", {"_from_model_config": True, **generation, **known})
     if tokenizer is not None:
         tokenizer.save(directory)
+
+
+def save_adapter(
+    directory: Path,
+    *,
+    config: ModelConfig,
+    family: str,
+    tensors: Mapping[str, Tensor],
+    lora: LoraConfig,
+    targets: Sequence[str],
+    base: str,
+    fingerprint: str,
+    tokenizer: "Tokenizer | None" = None,
+    generation: Mapping[str, Any] | None = None,
+) -> None:
+    """Write an adapter that PEFT loads: config, weights in float32, and the tokenizer and generation config that go with it.
+
+    `tensors` hold the decoder's `<module>.lora_a` and `.lora_b`; `base` is the model's name as --model takes it. Else as
+    `save_model`.
+    """
+    chosen = choose_modules(adaptable_modules(config, family_named(family)), targets)
+    name, _, revision = base.partition("@") if not Path(base).exists() else (base, "", "")
+    described = adapter_config(
+        chosen=chosen, targets=targets, rank=lora.rank, alpha=lora.alpha, dropout=lora.dropout, base=name, revision=revision or None
+    )
+    write_json(directory / ADAPTER_CONFIG, described)
+    _write_words(directory, tokenizer, generation or {})
+    arrays = {key: tensor.detach().to("cpu", torch.float32).contiguous() for key, tensor in peft_arrays(chosen, tensors).items()}
+    write_file(directory / WEIGHTS_NAME, arrays, metadata={FINGERPRINT_KEY: fingerprint})
 
 
 def _special_ids(tokenizer: "Tokenizer | None", generation: Mapping[str, Any]) -> tuple[int | None, tuple[int, ...], int | None]:
@@ -103,9 +140,6 @@ def _special_ids(tokenizer: "Tokenizer | None", generation: Mapping[str, Any]) -
 
 
 def write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
-    from safetensors import SafetensorError
-    from safetensors.torch import save_file
-
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
     for name, tensor in tensors.items():
@@ -117,16 +151,36 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: 
         filled += num_bytes
     names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
     for name, shard in zip(names, shards, strict=True):
-        try:
-            save_file(shard, directory / name, metadata={"format": "pt"})
-        except OSError as error:
-            raise write_error(error, path=directory / name) from error
-        except SafetensorError as error:  # it tells an i/o error only in words
-            raise _as_write_error(error, directory / name) from error
+        write_file(directory / name, shard)
     if len(shards) > 1:
         total = sum(tensor.numel() * tensor.element_size() for tensor in tensors.values())
         table = {tensor: name for name, shard in zip(names, shards, strict=True) for tensor in shard}
         write_json(directory / INDEX_NAME, {"metadata": {"total_size": total}, "weight_map": table})
+
+
+def write_file(path: Path, tensors: dict[str, Tensor], *, metadata: Mapping[str, str] | None = None) -> None:
+    """One safetensors file. Raises WriteError."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    try:
+        save_file(tensors, path, metadata={"format": "pt", **(metadata or {})})
+        if metadata:
+            _sort_metadata(path)
+    except OSError as error:
+        raise write_error(error, path=path) from error
+    except SafetensorError as error:  # it tells an i/o error only in words
+        raise _as_write_error(error, path) from error
+
+
+def _sort_metadata(path: Path) -> None:
+    """Put the header's metadata in order, which safetensors writes in a random one: equal models are to be equal files."""
+    with open(path, "r+b") as file:
+        num_bytes = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(num_bytes))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        file.seek(8)
+        file.write(json.dumps(header, ensure_ascii=False, separators=(",", ":")).encode().ljust(num_bytes))
 
 
 def _as_write_error(error: Exception, path: Path) -> Exception:

@@ -4,7 +4,8 @@ import math
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.core.config.fields import check_fields, option
+from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.generate import GenerateConfig
 from llmctl.core.errors import UsageError
 
 _MODEL, _TEXT, _TASKS, _OUT, _MACHINE = "Model", "Perplexity of text", "Tasks", "Results", "Machine"
@@ -29,6 +30,7 @@ class EvaluateConfig:
     model: str | None = option(
         None, "Folder, .gguf file, hub id or built-in name. [default: $LLMCTL_MODEL, else storyteller]", "-m", panel=_MODEL
     )
+    adapter: str | None = option_like(GenerateConfig, "adapter")
     tokenizer: Path | None = option(None, "Tokenizer to use instead of the model's own: a folder or tokenizer.json.", panel=_MODEL)
     bos: str = option(
         "auto",

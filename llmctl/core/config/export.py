@@ -4,7 +4,8 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.core.config.fields import check_fields, option
+from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.generate import GenerateConfig
 from llmctl.core.errors import UsageError
 
 _OUT, _NUMBERS, _MACHINE = "Result", "Numbers", "Machine"
@@ -21,6 +22,7 @@ class ExportConfig:
     model: str | None = option(
         None, "Model to export: folder, .gguf file, hub id or built-in name. [default: $LLMCTL_MODEL]", metavar="MODEL", positional=True
     )
+    adapter: str | None = option_like(GenerateConfig, "adapter")
     output: Path | None = option(
         None, "Folder (hf, quant) or file (gguf, word2vec) to make.", "-o", "--out-dir", "--output-dir", metavar="PATH", panel=_OUT
     )

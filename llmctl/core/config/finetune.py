@@ -1,15 +1,18 @@
 """The settings of `llmctl finetune`. Stdlib only; knows no tensor. What pretrain has too is declared there, once."""
 
+import dataclasses
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.fields import check_fields, flag_of, option, option_like, options_of
 from llmctl.core.config.pretrain import PretrainConfig, seconds, skips_allowed
 from llmctl.core.errors import UsageError
 
-_DATA, _BUDGET, _OPTIM = "Model and data", "Budget", "Optimizer"
+_DATA, _LORA, _BUDGET = "Model and data", "LoRA", "Budget"
 
 DEFAULT_EPOCHS = 3.0
+_LEARNING_RATES = {"full": 2e-5, "lora": 2e-4}
+_LORA_FIELDS = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -25,7 +28,9 @@ class FinetuneConfig:
         0.0, "Part of the rows of --data to hold out for evaluation, chosen by a hash of the row.", minimum=0, below=1, panel=_DATA
     )
     out_dir: Path | None = option_like(PretrainConfig, "out_dir")
-    method: str = option("full", "What is trained: full is every weight.", choices=("full", "lora"), panel=_DATA)
+    method: str = option(
+        "full", "What is trained: every weight, or small adapters beside them (LoRA).", choices=("full", "lora"), panel=_DATA
+    )
     mask_prompt: bool = option(True, "Loss on the answers only, not on system and user turns.", panel=_DATA)
     chat_template: Path | None = option(
         None, "Chat template (jinja2) to use and to save, instead of the model's own.", metavar="FILE", panel=_DATA
@@ -54,6 +59,18 @@ class FinetuneConfig:
     resize_vocab: bool = option(False, "Let the embeddings grow to the tokenizer's size where they are smaller.", panel=_DATA)
     seed: int = option_like(PretrainConfig, "seed", help="Seed of the order of the data.")
 
+    lora_rank: int = option(16, "Rank of each adapter.", "--lora-r", minimum=1, maximum=4096, panel=_LORA)
+    lora_alpha: float | None = option(
+        None, "Adapters count alpha / rank times. [default: twice the rank]", above=0, maximum=1e6, panel=_LORA
+    )
+    lora_dropout: float = option(0.0, "Share of an adapter's inputs to leave out at random in training.", minimum=0, below=1, panel=_LORA)
+    lora_targets: tuple[str, ...] = option(
+        ("all-linear",),
+        "Modules to adapt, by their names in transformers: q_proj,v_proj or c_attn; all-linear is all in the layers.",
+        metavar="NAME[,NAME]",
+        panel=_LORA,
+    )
+
     epochs: float | None = option(
         None, "Stop after so many passes over the rows. [default: 3, when no budget is given]", above=0, panel=_BUDGET
     )
@@ -71,7 +88,9 @@ class FinetuneConfig:
     )
 
     optimizer: str = option_like(PretrainConfig, "optimizer", default="adamw")
-    learning_rate: float = option_like(PretrainConfig, "learning_rate", default=2e-5)
+    learning_rate: float | None = option_like(
+        PretrainConfig, "learning_rate", default=None, help="Peak learning rate of AdamW. [default: 2e-05, with --method lora 0.0002]"
+    )
     muon_learning_rate: float = option_like(PretrainConfig, "muon_learning_rate", default=2e-4)
     weight_decay: float = option_like(PretrainConfig, "weight_decay", default=0.0)
     beta1: float = option_like(PretrainConfig, "beta1")
@@ -109,8 +128,14 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.method == "lora":
-            raise UsageError("--method lora: not available yet; use --method full")
+        if self.method != "lora":
+            beside = [f for f in options_of(type(self)) if f.name in _LORA_FIELDS and getattr(self, f.name) != f.default]
+            if beside:
+                raise UsageError(f"{flag_of(beside[0])} needs --method lora")
+        elif self.resize_vocab:
+            raise UsageError("--resize-vocab does not go with --method lora, which leaves the embeddings as they are; use --method full")
+        if not self.target_names or ("all-linear" in self.target_names and len(self.target_names) > 1):
+            raise UsageError(f"--lora-targets {','.join(self.lora_targets)}: module names are wanted, or all-linear alone")
         given = [f"--{n.replace('_', '-')}" for n in ("max_steps", "max_tokens", "epochs", "max_time") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)}: give one budget, not {len(given)}")
@@ -123,3 +148,16 @@ class FinetuneConfig:
         if self.max_time is not None:
             seconds(self.max_time, flag="--max-time")
         skips_allowed(self.nonfinite)
+
+    @property
+    def target_names(self) -> tuple[str, ...]:
+        """--lora-targets, commas taken apart."""
+        return tuple(dict.fromkeys(name.strip() for entry in self.lora_targets for name in entry.split(",") if name.strip()))
+
+    def with_defaults(self) -> "FinetuneConfig":
+        """The same with those defaults filled in that hang on other settings."""
+        rate = self.learning_rate if self.learning_rate is not None else _LEARNING_RATES[self.method]
+        alpha = self.lora_alpha
+        if self.method == "lora" and alpha is None:
+            alpha = 2.0 * self.lora_rank
+        return dataclasses.replace(self, learning_rate=rate, lora_alpha=alpha)

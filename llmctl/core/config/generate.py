@@ -75,6 +75,9 @@ class GenerateConfig:
     model: str | None = option(
         None, "Folder, .gguf file, hub id or built-in name. [default: $LLMCTL_MODEL, else storyteller]", "-m", panel=_MODEL
     )
+    adapter: str | None = option(
+        None, "LoRA adapter to merge into the model: a folder in PEFT's format, or a hub id.", "--adapter-path", metavar="DIR", panel=_MODEL
+    )
     tokenizer: Path | None = option(
         None, "Tokenizer to use instead of the model's own: a folder or tokenizer.json.", metavar="PATH", panel=_MODEL
     )

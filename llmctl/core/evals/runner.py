@@ -11,7 +11,7 @@ from typing import IO, Any, cast
 
 import torch
 
-from llmctl.core.checkpoint import LoadedModel, check_tokenizer, load_model, load_model_and_tokenizer, resolve_model
+from llmctl.core.checkpoint import LoadedModel, check_tokenizer, load_model, load_model_and_tokenizer, resolve_adapted
 from llmctl.core.config.evaluate import EvaluateConfig
 from llmctl.core.errors import Interrupted, UsageError
 from llmctl.core.evals import texts
@@ -30,7 +30,6 @@ from llmctl.core.model.device import choose_device, compute_dtype
 from llmctl.core.quant import Layout
 from llmctl.core.tokenizer import Tokenizer
 
-DEFAULT_MODEL = "storyteller"
 _TEXT_CONTEXT = 2048
 """Longest default context for text: beyond it, attention costs more than the context still gains."""
 _ENCODE_ITEMS = 1024
@@ -74,7 +73,7 @@ def evaluate(
         raise UsageError(f"--seq-len {limit}: the model reads at most {loaded.config.max_positions:,} tokens")
     ready = ModelReady(
         path=str(loaded.path),
-        sha256=model_sha256(loaded.path, tokenizer),
+        sha256=model_sha256(loaded.path, tokenizer, adapter=loaded.adapter),
         num_parameters=sum(parameter.numel() for parameter in loaded.model.parameters()),
         dtype=loaded.number_format,
         device=str(loaded.model.device),
@@ -108,14 +107,14 @@ def prepare_task(reference: str, config: EvaluateConfig) -> PreparedTask:
 
 
 def _load(config: EvaluateConfig) -> tuple[LoadedModel, Tokenizer]:
-    path = resolve_model(config.model if config.model is not None else DEFAULT_MODEL)
+    path, adapter = resolve_adapted(config.model, config.adapter)
     device = choose_device(config.device)
     dtype = compute_dtype(config.dtype, device)
     quant = cast(Layout | None, config.quant)
     if config.tokenizer is None:
-        return load_model_and_tokenizer(path, dtype=dtype, device=device, quant=quant, adapt=True)
+        return load_model_and_tokenizer(path, dtype=dtype, device=device, quant=quant, adapt=True, adapter=adapter)
     tokenizer = Tokenizer.load(config.tokenizer)
-    loaded = load_model(path, dtype=dtype, device=device, quant=quant, adapt=True)
+    loaded = load_model(path, dtype=dtype, device=device, quant=quant, adapt=True, adapter=adapter)
     check_tokenizer(tokenizer, loaded.config, where=f"--tokenizer {config.tokenizer}")
     return loaded, tokenizer
 

@@ -19,7 +19,7 @@ from llmctl.core.checkpoint import (
     check_tokenizer,
     load_model,
     load_tokenizer,
-    resolve_model,
+    resolve_adapted,
     save_model,
     save_quantised,
     stated_license,
@@ -44,25 +44,25 @@ _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torc
 
 def export(config: ExportConfig) -> Iterator[Event]:
     """Export as `config` says; the last event is Written. Raises LlmctlError of every kind that DESIGN's table names."""
-    if config.model is None:
+    if config.model is None and config.adapter is None:
         raise UsageError("MODEL is missing: the folder, .gguf file, hub id or built-in name of the model to export")
     if config.output is None:
         raise UsageError("--output is missing: where to put the result")
     _check_output(config)
     if config.format == "gguf":
         gguf.need_package()
-    path = resolve_model(config.model)
+    path, adapter = resolve_adapted(config.model, config.adapter)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
     try:
-        tokenizer = load_tokenizer(path)
+        tokenizer = load_tokenizer(path, adapter=adapter)
     except NotFoundError as error:
         if config.format in ("gguf", "word2vec"):
             raise
         tokenizer = None
         yield Warned(message=f"{error}; the result has none either")
     layout = cast(Layout, config.quant or "int8") if config.format == "quant" else None
-    loaded = load_model(path, quant=layout)
+    loaded = load_model(path, quant=layout, adapter=adapter)
     if tokenizer is not None:
         check_tokenizer(tokenizer, loaded.config, where=path)
     yield Opened(path=str(path), family=loaded.family, num_parameters=num_parameters(loaded.config).total, num_format=loaded.number_format)
@@ -133,7 +133,7 @@ class _Job:
             if self._config.verify:
                 found = read_by_us(temp, self._tokens, self._tokenizer)
                 intended = logits_of(loaded.model, self._tokens)
-                source = logits_of(load_model(loaded.path, dtype=torch.float32).model, self._tokens)
+                source = logits_of(load_model(loaded.path, dtype=torch.float32, adapter=loaded.adapter).model, self._tokens)
                 yield self._told("llmctl", compare(found, intended, source, reader="llmctl"))
         yield self._written(shown)
 

@@ -44,14 +44,17 @@ class Generator:
     path: Path
     description: str
     """Family, number format, device and executor, for people."""
+    adapter: Path | None = None
+    """The adapter that is merged into the weights."""
     note: str | None = None
     """What the user should know of how the model runs."""
 
     @classmethod
     def open(
         cls,
-        model: str | Path,
+        model: str | Path | None,
         *,
+        adapter: str | Path | None = None,
         tokenizer: Path | None = None,
         chat_template: str | None = None,
         device: str = "auto",
@@ -70,16 +73,18 @@ class Generator:
     ) -> "Generator":
         """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError.
 
-        `speculate` says how many tokens to guess ahead: "auto" as many as pay, on an executor whose results do not depend
-        on how tokens are cut into calls, or with a `draft_model`; a number always so many.
+        `adapter`, a directory or a hub id, is merged into it; `model` may be None then (an adapter names its base), or be
+        the adapter itself. Without either it is the built-in model. `speculate` says how many tokens to guess ahead: "auto"
+        as many as pay, on an executor whose results do not depend on how tokens are cut into calls, or with a
+        `draft_model`; a number always so many.
         """
-        from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_model
+        from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_adapted
 
-        path = resolve_model(str(model))
-        words = load_tokenizer(path if tokenizer is None else tokenizer)
+        path, folder = resolve_adapted(None if model is None else str(model), None if adapter is None else str(adapter))
+        words = load_tokenizer(path, adapter=folder) if tokenizer is None else load_tokenizer(tokenizer)
         if chat_template is not None:
             words.chat_template = chat_template
-        loaded = open_model(path, device=device, dtype=dtype, quant=quant, threads=threads, executor=executor)
+        loaded = open_model(path, device=device, dtype=dtype, quant=quant, threads=threads, executor=executor, adapter=folder)
         check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
         prompter = Prompter(
             words,
@@ -108,7 +113,8 @@ class Generator:
             eos_ids=frozenset(eos_ids),
             params=merged(recommended(loaded.generation), {} if preset is None else preset.sampling),
             path=path,
-            description=f"{path.name}: {loaded.description}",
+            adapter=folder,
+            description=f"{path.name}{'' if folder is None else f' with {folder.name}'}: {loaded.description}",
             note=loaded.note,
         )
 

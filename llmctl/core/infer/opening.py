@@ -56,8 +56,11 @@ def open_model(
     quant: Literal["int8", "int4"] | None = None,
     threads: int | None = None,
     executor: ExecutorKind = "auto",
+    adapter: Path | None = None,
 ) -> OpenedModel:
     """Load the model in `path` for the executor that is asked for, or the better one; any architecture that transformers knows.
+
+    `adapter` is a directory with an adapter to merge into the weights.
 
     Raises NotFoundError, InputError, and UsageError when the native executor is asked for and cannot run the model.
     """
@@ -65,11 +68,11 @@ def open_model(
     if executor != "torch":
         reason = _why_not_native(path, device=device, dtype=dtype, quant=quant)
         if reason is None:
-            return _open_native(path, dtype=dtype, quant=quant, threads=threads)
+            return _open_native(path, dtype=dtype, quant=quant, threads=threads, adapter=adapter)
         if executor == "native":
             raise UsageError(f"--executor native: {reason}; use --executor torch")
         why_torch = reason
-    return _open_torch(path, device=device, dtype=dtype, quant=quant, threads=threads, why=why_torch)
+    return _open_torch(path, device=device, dtype=dtype, quant=quant, threads=threads, why=why_torch, adapter=adapter)
 
 
 def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | None) -> str | None:
@@ -110,7 +113,9 @@ def _may_have_accelerator() -> bool:
     return any(os.path.exists(path) for path in ("/dev/nvidiactl", "/dev/nvidia0", "/dev/kfd", "/dev/dxg"))
 
 
-def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None) -> OpenedModel:
+def _open_native(
+    path: Path, *, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None, adapter: Path | None
+) -> OpenedModel:
     from llmctl.core.infer import weightcache
     from llmctl.core.infer.source import open_source
     from llmctl.core.model.facts import num_parameters
@@ -118,7 +123,7 @@ def _open_native(path: Path, *, dtype: str | None, quant: Literal["int8", "int4"
     from llmctl.core.native.executor import NativeExecutor
     from llmctl.core.native.packed import pack_model
 
-    source = open_source(path)
+    source = open_source(path, adapter=adapter)
     config, layout = source.config, quant or source.own
     held = _held(source, dtype=dtype, quant=quant)
     if threads is None:
@@ -158,7 +163,9 @@ def _held(source: "Source", *, dtype: str | None, quant: str | None) -> "HeldDty
     return "bfloat16" if source.stored == "BF16" and (quant or source.own) is None else "float32"
 
 
-def verify_packed(path: Path, *, dtype: str | None = None, quant: Literal["int8", "int4"] | None = None) -> str | None:
+def verify_packed(
+    path: Path, *, dtype: str | None = None, quant: Literal["int8", "int4"] | None = None, adapter: Path | None = None
+) -> str | None:
     """Check the packed weights that are kept for a model, opened so, against the hashes of them and of the model's files.
 
     Gives their file, or None when none are kept. Raises InputError for damaged ones, which are removed, UsageError for a model
@@ -169,7 +176,7 @@ def verify_packed(path: Path, *, dtype: str | None = None, quant: Literal["int8"
 
     if (reason := _why_not_native(path, device="cpu", dtype=dtype, quant=quant)) is not None:
         raise UsageError(f"--verify-cache: no packed weights are kept for this model: {reason}")
-    source = open_source(path)
+    source = open_source(path, adapter=adapter)
     key = cache_key(source, held=_held(source, dtype=dtype, quant=quant), quant=quant)
     return None if key is None else verify(key)
 
@@ -196,7 +203,14 @@ def _store_beside(key: "CacheKey", packed: "PackedModel", source: "Source") -> N
 
 
 def _open_torch(
-    path: Path, *, device: str, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None, why: str
+    path: Path,
+    *,
+    device: str,
+    dtype: str | None,
+    quant: Literal["int8", "int4"] | None,
+    threads: int | None,
+    why: str,
+    adapter: Path | None,
 ) -> OpenedModel:
     import torch
 
@@ -207,7 +221,7 @@ def _open_torch(
     if threads is not None:
         torch.set_num_threads(threads)
     chosen = choose_device(device)
-    loaded = load_model(path, dtype=compute_dtype(dtype, chosen), device=chosen, quant=quant, adapt=True)
+    loaded = load_model(path, dtype=compute_dtype(dtype, chosen), device=chosen, quant=quant, adapt=True, adapter=adapter)
     return OpenedModel(
         executor=TorchExecutor(loaded.model),
         kind="torch",

@@ -11,13 +11,14 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.core.checkpoint.folder import load_config, own_layout, read_generation, token_ids
+from llmctl.core.checkpoint.adapter import NO_MERGING, WEIGHTS_NAME, Merger
+from llmctl.core.checkpoint.folder import ADAPTER_CONFIG, load_config, own_layout, read_generation, token_ids
 from llmctl.core.checkpoint.gguf import GgufModel, open_gguf
 from llmctl.core.checkpoint.held import held_in_directory, held_in_gguf
 from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, open_tensors, stored_arrays, stored_tensors
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError
-from llmctl.core.families import Family
+from llmctl.core.families import Family, family_named
 from llmctl.core.families.gguf import halves_from_pairs
 from llmctl.core.families.gguf_tokenizer import eos_ids_of
 from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16
@@ -42,11 +43,14 @@ class Source:
     weight_files: tuple[Path, ...]
     _hf_family: Family | None
     _gguf: GgufModel | None
+    adapter: Path | None = None
+    """The directory of an adapter to merge into the weights."""
 
     @property
     def config_files(self) -> tuple[Path, ...]:
         """The files beside the weights that say what the weights mean."""
-        return () if self._gguf is not None else (self.path / "config.json",)
+        own = () if self._gguf is not None else (self.path / "config.json",)
+        return own if self.adapter is None else (*own, self.adapter / ADAPTER_CONFIG, self.adapter / WEIGHTS_NAME)
 
     def tensors(self, quant: Layout | None) -> Iterator[tuple[str, Any]]:
         """The decoder's tensors: float32, bf16 as uint16, or quantised matrices as they are held, or as `quant` asks for.
@@ -56,6 +60,8 @@ class Source:
         if self._gguf is not None:
             return self._from_gguf(self._gguf, quant)
         if self.own is not None:
+            if self.adapter is not None:
+                raise InputError(f"{self.path}: {NO_MERGING}")
             return self._from_quantised(self.own, quant)
         return self._from_directory(quant)
 
@@ -63,8 +69,11 @@ class Source:
         assert self._hf_family is not None
         tensors = stored_tensors(self.path, self.config, self._hf_family)
         importance = self._importance() if quant == "int4" else {}
-        for name, array in stored_arrays(tensors):
+        merger = Merger.of(self.adapter, self.config, self._hf_family)
+        for name, stored_array in stored_arrays(tensors):
+            array = merger.added_to(name, stored_array)
             yield name, array if quant is None else _quantised(name, array, quant, importance)
+        merger.checked(self.path)
         for _, stored in tensors:
             stored.forget()
 
@@ -81,16 +90,19 @@ class Source:
         anew = [b for b in model.bindings if quant is not None and layout_for(b.ours[0], b.our_shapes[0], quant) == "int4"]
         needs_importance = any(GGUF_LAYOUTS.get(model.entry(binding).kind) != "int4" for binding in anew)
         importance = self._importance() if needs_importance else {}
+        merger = Merger.of(self.adapter, self.config, family_named(self.family))
         for binding in model.bindings:
-            held = held_in_gguf(model.file, model.entry(binding), binding, quant) if quant is not None else None
+            as_it_is = quant is not None and self.adapter is None
+            held = held_in_gguf(model.file, model.entry(binding), binding, quant) if quant is not None and as_it_is else None
             if held is not None:
                 for name, matrix in zip(binding.ours, held, strict=True):
                     yield name, _for_library(matrix.map_rows(self._rows_of(model, name)))
             else:
                 for name, array in model.arrays(binding):
-                    numbers = _as_floats(array)
+                    numbers = _as_floats(merger.added_to(name, array))
                     yield name, numbers if quant is None else _quantised(name, numbers, quant, importance)
             model.file.forget(model.entry(binding))
+        merger.checked(self.path)
 
     def _rows_of(self, model: GgufModel, name: str) -> Any:
         """Puts the rows of a matrix into the decoder's order."""
@@ -103,17 +115,21 @@ class Source:
         from llmctl.core.checkpoint.load import load_model
 
         dtype = torch.float32 if self._gguf is not None else None
-        return input_importance(load_model(self.path, dtype=dtype).model)
+        return input_importance(load_model(self.path, dtype=dtype, adapter=self.adapter).model)
 
 
-def open_source(path: Path) -> Source:
-    """Open a model directory or a `.gguf` file. Raises NotFoundError, and InputError for what is bad, unsafe or does not fit."""
+def open_source(path: Path, *, adapter: Path | None = None) -> Source:
+    """Open a model directory or a `.gguf` file, with an adapter to merge into it.
+
+    Raises NotFoundError, and InputError for what is bad, unsafe or does not fit.
+    """
+    adapted = {} if adapter is None else read_generation(adapter)
     if path.suffix == ".gguf":
         model = open_gguf(path)
-        eos_ids = eos_ids_of(model.file.metadata)
-        return Source(path, model.config, model.record.family, eos_ids, {}, model.stored, None, (path,), None, model)
+        eos_ids = token_ids(adapted.get("eos_token_id")) or eos_ids_of(model.file.metadata)
+        return Source(path, model.config, model.record.family, eos_ids, adapted, model.stored, None, (path,), None, model, adapter)
     config, family, raw = load_config(path)
-    generation = read_generation(path)
+    generation = read_generation(path) | adapted
     own = own_layout(raw, where=path / "config.json")
     if own is None:
         stored = stored_tensors(path, config, family)[0][1].entry.dtype
@@ -121,7 +137,7 @@ def open_source(path: Path) -> Source:
         stored = "F32"
     files = tuple(sorted(weight_files(path)))
     eos_ids = token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id"))
-    return Source(path, config, family.name, eos_ids, generation, stored, own, files, family, None)
+    return Source(path, config, family.name, eos_ids, generation, stored, own, files, family, None, adapter)
 
 
 def _quantised_files(folder: Path) -> dict[str, Stored]:

@@ -92,16 +92,19 @@ def matmul_parameters(config: ModelConfig) -> int:
     return count[False] + used + config.vocab_size * config.hidden_size
 
 
-def flops_per_token(config: ModelConfig, seq_len: int) -> float:
+def flops_per_token(config: ModelConfig, seq_len: int, *, num_adapted: int | None = None) -> float:
     """Floating-point operations to train on one token of a text of `seq_len` tokens, forward and backward.
 
     6 * N + 12 * L * H * D * K, the formula of PaLM (Chowdhery et al. 2022, appendix B), where N counts the numbers of
     the matrices and the head, and K is the keys that a query sees on average: (seq_len + 1) / 2 with a causal mask (PaLM
-    counts the whole square), less in a layer with a window. A forward pass alone is a third of it.
+    counts the whole square), less in a layer with a window. A forward pass alone is a third of it. With adapters of
+    `num_adapted` numbers and all else frozen, N makes no gradient of its own: 4 * N, and 6 for each of theirs.
     """
     attention = 0.0
     for layer in range(config.num_layers):
         attention += 12 * config.query_size * _mean_keys(seq_len, config.window(layer))
+    if num_adapted is not None:
+        return 4 * matmul_parameters(config) + 6 * num_adapted + attention
     return 6 * matmul_parameters(config) + attention
 
 
@@ -140,14 +143,21 @@ class TrainingMemory:
 
 
 def training_memory(
-    config: ModelConfig, *, tokens_per_micro_batch: int, compute_bytes: int, moments: float = 2.0, loss_chunk_tokens: int = 1024
+    config: ModelConfig,
+    *,
+    tokens_per_micro_batch: int,
+    compute_bytes: int,
+    moments: float = 2.0,
+    loss_chunk_tokens: int = 1024,
+    num_adapted: int | None = None,
 ) -> TrainingMemory:
     """Estimate the memory of training with float32 masters.
 
     `compute_bytes` is 2 for bf16 and 4 for float32: at 2 there is a copy of the weights beside the masters. `moments` is
     how many float32 numbers the optimizer keeps a parameter: 2 for AdamW, 1 for Muon. Activations count what autograd
     keeps of each layer (inputs of norms and matmuls, queries, keys, values, both mlp halves), and the loss a float32
-    block of `loss_chunk_tokens` rows of the vocabulary, twice.
+    block of `loss_chunk_tokens` rows of the vocabulary, twice. With adapters of `num_adapted` numbers, those alone have
+    masters, gradients and moments, and the frozen weights are held once.
     """
     total = num_parameters(config).total
     hidden, halves = config.hidden_size, 4 if config.gated_mlp else 2
@@ -155,9 +165,11 @@ def training_memory(
     per_layer = 5 * hidden + 3 * config.query_size + 3 * config.kv_size
     activations = tokens_per_micro_batch * (config.num_layers * per_layer + mlps + 3 * hidden) * compute_bytes
     loss = 2 * min(tokens_per_micro_batch, loss_chunk_tokens) * config.vocab_size * 4
+    trained = total if num_adapted is None else num_adapted
+    frozen_bytes = 0 if num_adapted is None else total * compute_bytes
     return TrainingMemory(
-        weight_bytes=total * 4 + (total * compute_bytes if compute_bytes < 4 else 0),
-        gradient_bytes=total * compute_bytes,
-        optimizer_bytes=int(total * 4 * moments),
+        weight_bytes=trained * 4 + (trained * compute_bytes if compute_bytes < 4 else 0) + frozen_bytes,
+        gradient_bytes=trained * compute_bytes,
+        optimizer_bytes=int(trained * 4 * moments),
         activation_bytes=activations + loss,
     )

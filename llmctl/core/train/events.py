@@ -8,6 +8,8 @@ class Planned:
     """What is about to be done, before the first step. Memory and time are estimates; the rest is exact."""
 
     num_parameters: int
+    num_trained: int
+    """As many of them, or of adapters' numbers beside them, as are trained."""
     num_layers: int
     hidden_size: int
     vocab_size: int

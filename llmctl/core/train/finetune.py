@@ -4,17 +4,13 @@ import dataclasses
 import hashlib
 import json
 import shlex
-from collections.abc import Callable, Generator, Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import torch
-from torch import Tensor
 
-from llmctl.core.checkpoint import LoadedModel, check_trainable, load_model, load_tokenizer, resolve_model, save_model
 from llmctl.core.config.finetune import DEFAULT_EPOCHS, FinetuneConfig
-from llmctl.core.config.model import ModelConfig
 from llmctl.core.data.chat import BadRow
 from llmctl.core.data.packing import PackedSource
 from llmctl.core.data.supervised import (
@@ -23,24 +19,23 @@ from llmctl.core.data.supervised import (
     Fitted,
     Loaded,
     TooLong,
-    default_chat_template,
     default_seq_len,
     fit_examples,
     load_examples,
-    with_template,
 )
-from llmctl.core.errors import InputError, NotFoundError, PartialFailure, UsageError
-from llmctl.core.files import atomic_write, write_text
-from llmctl.core.model import Decoder
-from llmctl.core.model.facts import flops_per_token
+from llmctl.core.errors import NotFoundError, PartialFailure, UsageError
+from llmctl.core.files import atomic_write
+from llmctl.core.model.lora import add_adapters
 from llmctl.core.runlog import RunFolder
 from llmctl.core.tokenizer import Tokenizer
 from llmctl.core.train import state as checkpoints
+from llmctl.core.train.base import Adapters, Base, grown, open_base
 from llmctl.core.train.cards import checkpoint_card
 from llmctl.core.train.evaluation import HeldOut
 from llmctl.core.train.events import Event, RowsRead, RowsReading, Warned
 from llmctl.core.train.job import Stop, TrainJob
-from llmctl.core.train.objectives import NextToken
+from llmctl.core.train.objectives import AdapterNextToken, NextToken, Objective
+from llmctl.core.train.outputs import AdapterOnly, Output, WholeModel
 from llmctl.core.train.plan import (
     Machine,
     Prepared,
@@ -57,14 +52,13 @@ from llmctl.core.train.plan import (
 SKIPPED_NAME = "skipped_rows.jsonl"
 """In the run folder: the rows that --on-error skip left out."""
 
+LORA_SHAPING = ("lora_rank", "lora_alpha", "lora_dropout", "lora_targets")
 SHAPING = ("method", "mask_prompt", "chat", "too_long", "drop_empty", "val_fraction", "resize_vocab", "on_error")
-"""Settings that shape a run of this kind, beside those of any run."""
+"""Settings that shape a run of this kind, beside those of any run; adapters have some more."""
 
 _ROWS_PER_STEP = 16
 _MICRO_BATCH_TOKENS = 2048
 _WARMUP_SHARE = 0.03
-_MAX_TEMPLATE_BYTES = 1 << 20
-_EDGE_BYTES = 1 << 20
 
 
 def train(config: FinetuneConfig, *, stop: Stop = lambda: None, save_requested: Callable[[], bool] = lambda: False) -> Iterator[Event]:
@@ -72,24 +66,12 @@ def train(config: FinetuneConfig, *, stop: Stop = lambda: None, save_requested: 
 
     Raises PartialFailure at the end when rows were skipped, and LlmctlError of many kinds, each before anything is lost.
     """
+    config = config.with_defaults()
     subject = _Finetune(config)
     yield from train_subject(config, subject, stop=stop, save_requested=save_requested)
     if subject.bad_rows:
         listed = f"; they are listed in {config.out_dir / SKIPPED_NAME}" if config.out_dir is not None and not config.dry_run else ""
         raise PartialFailure(f"{len(subject.bad_rows):,} bad rows were skipped, the first: {subject.bad_rows[0]}{listed}")
-
-
-@dataclass(frozen=True)
-class _Base:
-    """The model to start from, and its tokenizer with the template that conversations go through."""
-
-    loaded: LoadedModel
-    architecture: ModelConfig
-    """The model's facts, with a vocabulary that has grown if it was to."""
-    plain: Tokenizer
-    chat: Tokenizer
-    has_template: bool
-    """Whether `chat`'s template is the model's own or was given, rather than a default."""
 
 
 class _Finetune:
@@ -116,7 +98,8 @@ class _Finetune:
         for path in (*config.data, *config.val_data):
             if not path.exists():
                 raise NotFoundError(f"{path}: no such file")
-        self._base = base = _open_base(config)
+        self._base = base = open_base(config)
+        self._adapters = Adapters.of(config, base) if config.method == "lora" else None
         most = base.architecture.max_positions
         if config.seq_len is not None and config.seq_len > most:
             raise UsageError(f"--seq-len {config.seq_len}: the model sees {most} tokens; give at most that")
@@ -148,7 +131,7 @@ class _Finetune:
             self._held_out, _ = yield from self._pack(held_out, "val", seq_len, *held_out_counts)
         self._prepared = self._prepare(fitted, seq_len)
 
-    def _remarks(self, base: _Base, loaded: Loaded, *, used_template: bool) -> Iterator[Event]:
+    def _remarks(self, base: Base, loaded: Loaded, *, used_template: bool) -> Iterator[Event]:
         if used_template and not base.has_template:
             kind = "ChatML" if "<|im_start|>" in (base.chat.chat_template or "") else "plain-text"
             yield Warned(
@@ -210,6 +193,7 @@ class _Finetune:
             family=self._base.loaded.family,
             default_epochs=DEFAULT_EPOCHS,
             default_warmup=lambda num_steps: round(_WARMUP_SHARE * num_steps),
+            num_adapted=None if self._adapters is None else self._adapters.num_parameters,
         )
 
     def make_job(self, run: RunFolder, where: Machine, checkpoint: checkpoints.Checkpoint | None) -> TrainJob:
@@ -220,10 +204,8 @@ class _Finetune:
         if self.bad_rows:
             _list_skipped(run.path / SKIPPED_NAME, self.bad_rows)
         torch.manual_seed(config.seed)
-        model = _grown(base.loaded.model.float(), architecture).to(where.device)
-        model.train()
-
-        settings = settings_of(config, prepared.sizes, where) | {name: getattr(config, name) for name in SHAPING}
+        shaping = SHAPING if self._adapters is None else (*SHAPING, *LORA_SHAPING)
+        settings = settings_of(config, prepared.sizes, where) | {name: _plain(getattr(config, name)) for name in shaping}
         card = checkpoint_card(
             run_dir=run.path,
             verb="finetune",
@@ -234,43 +216,54 @@ class _Finetune:
             settings=settings,
             base=base.loaded.path,
         )
-
-        def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-            save_model(
-                folder, config=architecture, family=family, tensors=tensors, dtype=torch.float32, tokenizer=tokenizer, generation=generation
+        output: Output
+        objective: Objective = NextToken()
+        if self._adapters is None:
+            model = grown(base.loaded.model.float(), architecture).to(where.device)
+            output = WholeModel(config=architecture, family=family, tokenizer=tokenizer, generation=generation, card=card)
+        else:
+            model = base.loaded.model.to(where.device, where.dtype)
+            dropout = add_adapters(model, self._adapters.groups, self._adapters.lora, seed=config.seed)
+            if config.lora_dropout:
+                objective = AdapterNextToken(dropout=dropout, rate=config.lora_dropout, seed=config.seed)
+            output = AdapterOnly(
+                config=architecture,
+                family=family,
+                lora=self._adapters.lora,
+                targets=config.target_names,
+                base=base.reference,
+                fingerprint=base.fingerprint,
+                tokenizer=tokenizer,
+                generation=generation,
+                card=card,
             )
-            write_text(folder / "README.md", card)
-
-        def read_model(folder: Path) -> Mapping[str, Tensor]:
-            return load_model(folder, dtype=torch.float32).model.state_dict()
-
+        model.train()
         template = tokenizer.chat_template or ""
         return TrainJob(
             run=run,
             model=model,
             source=self._source,
-            objective=NextToken(),
+            objective=objective,
             optim=optim_of(config),
             schedule=schedule_of(config),
             loop=loop_of(config, prepared.sizes),
             compute_dtype=where.dtype,
             device=where.device,
-            write_model=write_model,
-            read_model=read_model,
+            output=output,
             settings=settings,
             identity={
                 "data": self._digest,
                 "tokenizer": tokenizer.fingerprint,
                 "chat_template": hashlib.sha256(template.encode()).hexdigest(),
                 "model": json.loads(json.dumps(dataclasses.asdict(architecture))),
-                "base_model": _weights_digest(base.loaded.path),
+                "base_model": base.fingerprint,
             },
             resume_command=f"llmctl finetune --out-dir {shlex.quote(str(config.out_dir))} --resume",
-            hidden_matrices=tuple(n for n, p in model.named_parameters() if is_hidden_matrix(n, p.ndim)),
+            hidden_matrices=tuple(n for n, p in model.named_parameters() if p.requires_grad and is_hidden_matrix(n, p.ndim)),
             held_out=self._evaluation(),
             resume=checkpoint,
             allow_change=config.allow_change,
-            flops_per_token=flops_per_token(architecture, prepared.sizes.seq_len),
+            flops_per_token=prepared.flops_per_token,
             matmul_peak=where.matmul_peak,
             threads=where.threads,
         )
@@ -291,43 +284,6 @@ def _telling(loading: Generator[int, None, Loaded]) -> Generator[Event, None, Lo
             return cast(Loaded, done.value)
 
 
-def _open_base(config: FinetuneConfig) -> _Base:
-    assert config.model is not None
-    path = resolve_model(config.model)
-    check_trainable(path)
-    plain = load_tokenizer(path)
-    loaded = load_model(path)
-    architecture = loaded.config
-    if plain.vocab_size > architecture.vocab_size:
-        if not config.resize_vocab:
-            raise InputError(
-                f"{path}: the tokenizer has {plain.vocab_size:,} ids, the model has {architecture.vocab_size:,} embeddings;"
-                " --resize-vocab lets the embeddings grow, if the two belong together"
-            )
-        architecture = dataclasses.replace(architecture, vocab_size=plain.vocab_size)
-    template = _read_template(config.chat_template) if config.chat_template is not None else plain.chat_template
-    if template is not None:
-        return _Base(loaded, architecture, plain, with_template(plain, template), has_template=True)
-    if plain.eos_id is None:
-        return _Base(loaded, architecture, plain, plain, has_template=False)  # conversations will be refused, completions too
-    return _Base(loaded, architecture, plain, with_template(plain, default_chat_template(plain)), has_template=False)
-
-
-def _read_template(path: Path) -> str:
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise NotFoundError(f"--chat-template {path}: no such file") from error
-    except OSError as error:
-        raise UsageError(f"--chat-template {path}: {error.strerror}") from error
-    if len(data) > _MAX_TEMPLATE_BYTES:
-        raise InputError(f"--chat-template {path}: {len(data):,} bytes, more than the {_MAX_TEMPLATE_BYTES:,} that a template may have")
-    try:
-        return data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise InputError(f"--chat-template {path}: not UTF-8 at byte {error.start}") from error
-
-
 def _end_ids(tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
     """The ids that end a text of the result: what ends an answer, then what ended one before."""
     first = sorted(tokenizer.end_of_turn_ids) if tokenizer.chat_template is not None else []
@@ -335,37 +291,9 @@ def _end_ids(tokenizer: Tokenizer, eos_ids: tuple[int, ...]) -> tuple[int, ...]:
     return tuple(dict.fromkeys([*first, *(eos_ids or own)]))
 
 
-def _grown(model: Decoder, architecture: ModelConfig) -> Decoder:
-    """`model` with embeddings (and head) for `architecture.vocab_size` ids; new rows are the mean of the old ones.
-
-    The mean keeps what the model says of known ids nearly as it was (Hewitt 2021, "Initializing new word embeddings").
-    """
-    num_new = architecture.vocab_size - model.config.vocab_size
-    if num_new == 0:
-        return model
-    tensors = dict(model.state_dict())
-    for name in ("embed.weight", "head.weight", "head.bias"):
-        if name in tensors:
-            old = tensors[name]
-            tensors[name] = torch.cat([old, old.mean(0, keepdim=True).expand(num_new, *old.shape[1:])])
-    with torch.device("meta"):
-        result = Decoder(architecture)
-    result.load_state_dict(tensors, assign=True)
-    return result
-
-
-def _weights_digest(path: Path) -> str:
-    """Tells models of one architecture apart, cheaply: names, sizes and the first and last MiB of the weight files."""
-    digest = hashlib.sha256()
-    files = [path] if path.is_file() else sorted(p for p in path.iterdir() if p.suffix == ".safetensors")
-    for file in files:
-        num_bytes = file.stat().st_size
-        digest.update(f"{file.name} {num_bytes}\n".encode())
-        with open(file, "rb") as stream:
-            digest.update(stream.read(_EDGE_BYTES))
-            stream.seek(max(0, num_bytes - _EDGE_BYTES))
-            digest.update(stream.read())
-    return digest.hexdigest()
+def _plain(setting: Any) -> Any:
+    """A setting as JSON gives it back."""
+    return list(setting) if isinstance(setting, tuple) else setting
 
 
 def _list_skipped(path: Path, bad_rows: list[BadRow]) -> None:

@@ -1,13 +1,11 @@
 """What the loop is given: a job, live, and how often to do what. Knows the parts of a run; runs nothing."""
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import Tensor
 
 from llmctl.core.data.loader import SampleSource
 from llmctl.core.model import Decoder
@@ -15,6 +13,7 @@ from llmctl.core.runlog import RunFolder
 from llmctl.core.train.evaluation import HeldOut
 from llmctl.core.train.objectives import Objective
 from llmctl.core.train.optim import OptimConfig
+from llmctl.core.train.outputs import Output
 from llmctl.core.train.schedule import Schedule
 from llmctl.core.train.state import Checkpoint
 
@@ -54,10 +53,8 @@ class TrainJob:
     loop: LoopConfig
     compute_dtype: torch.dtype
     device: torch.device
-    write_model: Callable[[Path, Mapping[str, Tensor]], None]
-    """Writes a model directory from float32 tensors by decoder name: masters of what is trained, the rest as it is."""
-    read_model: Callable[[Path], Mapping[str, Tensor]]
-    """Reads back, by decoder name, at least what is trained."""
+    output: Output
+    """Writes the model's part of a checkpoint, masters of what is trained and the rest as it is, and reads it back."""
     settings: dict[str, Any]
     """What shapes the course of the run; a resume with other values is refused unless allowed."""
     identity: dict[str, Any]

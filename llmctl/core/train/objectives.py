@@ -12,6 +12,7 @@ from torch import Tensor
 from llmctl.core.data.loader import IGNORE, Batch
 from llmctl.core.model import Decoder
 from llmctl.core.model.dropout import Dropout
+from llmctl.core.model.lora import AdapterDropout
 
 _MATMUL_ROWS = 1024
 """Rows whose logits exist at once, in the compute dtype."""
@@ -68,6 +69,25 @@ class NextToken:
         dropout = Dropout(self.dropout, seed=self.seed, samples=samples) if self.dropout else None
         hidden = model.hidden(batch.tokens, document_lengths=batch.document_lengths, dropout=dropout)  # (B, T, C)
         return head_loss(model, hidden, batch.targets, scale=1.0 / total_weight, penalty=self.penalty)
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterNextToken:
+    """NextToken of a model whose adapters leave out the part `rate` of their inputs, by `seed` and the number of the sample."""
+
+    dropout: AdapterDropout
+    rate: float
+    seed: int
+
+    def weight_of(self, batch: Batch) -> float:
+        """See NextToken."""
+        return NextToken().weight_of(batch)
+
+    def loss(self, model: Decoder, batch: Batch, *, total_weight: float) -> Tensor:
+        """See NextToken."""
+        samples = range(batch.first_sample, batch.first_sample + batch.tokens.size(0))
+        self.dropout.now = Dropout(self.rate, seed=self.seed, samples=samples)
+        return NextToken().loss(model, batch, total_weight=total_weight)
 
 
 @dataclass(frozen=True)

@@ -87,7 +87,8 @@ class MasterOptimizer:
                 parameter.data = self.masters[name]
                 parameter.grad = self._gradients[name]
             else:
-                parameter.data = parameter.data.to(compute_dtype, copy=True)  # weights may be mapped from a read-only file
+                # weights may be mapped from a file, which is fine for those that stay as they are
+                parameter.data = parameter.data.to(compute_dtype, copy=name in self.masters)
                 parameter.grad = None
 
     def _make_stacks(self, names: list[str], dtype: torch.dtype) -> list[_Stack]:

@@ -99,6 +99,13 @@ class Prepared:
     default_epochs: float
     default_warmup: Callable[[int], int]
     """Steps of warm-up for so many steps in all, where --warmup-steps is not given."""
+    num_adapted: int | None = None
+    """Numbers of the adapters, where they are all that is trained."""
+
+    @property
+    def flops_per_token(self) -> float:
+        """Operations to train on a token."""
+        return flops_per_token(self.architecture, self.sizes.seq_len, num_adapted=self.num_adapted)
 
 
 class Subject(Protocol):
@@ -227,7 +234,7 @@ def _num_steps(
         if trainer is not None:
             step_s = trainer.time_steps()
         else:
-            flops = sizes.batch_tokens * flops_per_token(prepared.architecture, sizes.seq_len)
+            flops = sizes.batch_tokens * prepared.flops_per_token
             step_s = flops / (where.matmul_peak * _EXPECTED_PEAK_SHARE)
         return max(1, int(seconds(config.max_time, flag="--max-time") / step_s))
     epochs = config.epochs if config.epochs is not None else prepared.default_epochs
@@ -250,18 +257,23 @@ def _intervals(config: RunConfig, prepared: Prepared, num_steps: int) -> tuple[i
 def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int) -> Planned:
     architecture, sizes = prepared.architecture, prepared.sizes
     count = num_parameters(architecture).total
-    flops = flops_per_token(architecture, sizes.seq_len)
-    muon_share = _hidden_numbers(architecture) / count if config.optimizer == "muon" else 0.0
+    trained = count if prepared.num_adapted is None else prepared.num_adapted
+    flops = prepared.flops_per_token
+    muon_share = 0.0
+    if config.optimizer == "muon":
+        muon_share = _hidden_numbers(architecture) / count if prepared.num_adapted is None else 1.0
     memory = training_memory(
         architecture,
         tokens_per_micro_batch=sizes.micro_batch_size * sizes.seq_len,
         compute_bytes=where.dtype.itemsize,
         moments=2.0 - muon_share,
+        num_adapted=prepared.num_adapted,
     )
     total_flops = flops * sizes.batch_tokens * num_steps
     eval_every, save_every, sample_every = _intervals(config, prepared, num_steps)
     return Planned(
         num_parameters=count,
+        num_trained=trained,
         num_layers=architecture.num_layers,
         hidden_size=architecture.hidden_size,
         vocab_size=architecture.vocab_size,
@@ -274,7 +286,7 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         flops_per_token=flops,
         total_flops=total_flops,
         memory_bytes=memory.total_bytes,
-        checkpoint_bytes=int(count * 4 * (3.0 - muon_share)),
+        checkpoint_bytes=int(trained * 4 * (3.0 - muon_share)),
         matmul_peak_flops=where.matmul_peak,
         estimated_s=total_flops / (where.matmul_peak * _EXPECTED_PEAK_SHARE),
         seq_len=sizes.seq_len,
@@ -370,6 +382,7 @@ def settings_of(config: RunConfig, sizes: Sizes, where: Machine) -> dict[str, ob
 
 def optim_of(config: RunConfig) -> OptimConfig:
     """The optimizer's part of the settings."""
+    assert config.learning_rate is not None  # fine-tuning fills it in
     return OptimConfig(
         kind=cast(Literal["muon", "adamw"], config.optimizer),
         learning_rate=config.learning_rate,

@@ -4,21 +4,20 @@ import dataclasses
 import json
 import os
 import shlex
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
-from torch import Tensor
 
-from llmctl.core.checkpoint import check_tokenizer, check_trainable, load_config, load_model, resolve_model, save_model
+from llmctl.core.checkpoint import check_tokenizer, check_trainable, load_config, load_model, resolve_model
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.data.loader import EvalSource, PretrainSource
 from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import InputError, NotFoundError, UsageError
-from llmctl.core.files import check_manifest, write_text
+from llmctl.core.files import check_manifest
 from llmctl.core.model import Decoder
 from llmctl.core.model.facts import flops_per_token
 from llmctl.core.model.shapes import shape_for_depth
@@ -30,6 +29,7 @@ from llmctl.core.train.evaluation import HeldOut
 from llmctl.core.train.events import Event, Warned
 from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.objectives import NextToken, Penalty
+from llmctl.core.train.outputs import WholeModel
 from llmctl.core.train.plan import (
     Machine,
     Prepared,
@@ -131,21 +131,7 @@ class _Pretrain:
             base=opened.base,
         )
 
-        def write_model(folder: Path, tensors: Mapping[str, Tensor]) -> None:
-            save_model(
-                folder,
-                config=architecture,
-                family=opened.family,
-                tensors=tensors,
-                dtype=torch.float32,
-                tokenizer=opened.tokenizer,
-                generation=opened.generation,
-            )
-            write_text(folder / "README.md", card)
-
-        def read_model(folder: Path) -> Mapping[str, Tensor]:
-            return load_model(folder, dtype=torch.float32).model.state_dict()
-
+        output = WholeModel(config=architecture, family=opened.family, tokenizer=opened.tokenizer, generation=opened.generation, card=card)
         model = _weights(config, opened, checkpoint).to(where.device)
         model.train()
         model.recomputes = config.gradient_checkpointing
@@ -164,8 +150,7 @@ class _Pretrain:
             compile=cast(Literal["auto", "on", "off"], config.compile),
             compute_dtype=where.dtype,
             device=where.device,
-            write_model=write_model,
-            read_model=read_model,
+            output=output,
             settings=settings,
             identity={
                 "data": opened.source.data_hash,

@@ -28,7 +28,7 @@ def checkpoint_bytes(trainer: "Trainer") -> int:
     """About what one checkpoint takes on disk."""
     optimizer = trainer.optimizer
     tensors = [*optimizer.masters.values(), *optimizer.state_tensors().values(), *optimizer.averages.values()]
-    frozen = [p for n, p in trainer.job.model.named_parameters() if n not in optimizer.masters]
+    frozen = [p for n, p in trainer.job.model.named_parameters() if trainer.job.output.holds_frozen and n not in optimizer.masters]
     return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + _SMALL_FILES_BYTES
 
 
@@ -75,16 +75,16 @@ def save(trainer: "Trainer", stop: Stop) -> Iterator[Event]:
 def _write_models(trainer: "Trainer", folder: Path) -> None:
     job, optimizer = trainer.job, trainer.optimizer
     weights = job.model.state_dict()
-    job.write_model(folder, {**weights, **optimizer.masters})
+    job.output.write(folder, {**weights, **optimizer.masters})
     if optimizer.averages and trainer.step == job.schedule.num_steps:
         (folder / AVERAGE_NAME).mkdir()
-        job.write_model(folder / AVERAGE_NAME, {**weights, **optimizer.averages})
+        job.output.write(folder / AVERAGE_NAME, {**weights, **optimizer.averages})
 
 
 def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:
     """Everything as it was when `checkpoint` was saved, the log included. Raises InputError for tensors that do not fit."""
     saved, optimizer = checkpoint.state, trainer.optimizer
-    weights = trainer.job.read_model(checkpoint.path)
+    weights = trainer.job.output.read(checkpoint.path)
     optimizer.load(
         weights={n: weights[n] for n in optimizer.masters if n in weights},
         state=checkpoints.load_tensors(checkpoint.path / "trainer" / "optimizer.safetensors"),

@@ -330,7 +330,7 @@ def test_a_used_run_folder_is_refused_before_the_rows_are_read(tmp_path: Path) -
         run_all(config_of(tmp_path, max_steps=1))
 
 
-@pytest.mark.parametrize("bad", [{"method": "lora"}, {"val_data": (Path("x"),), "val_fraction": 0.1}, {"epochs": 1.0, "max_steps": 1}])
+@pytest.mark.parametrize("bad", [{"lora_alpha": 2.0}, {"val_data": (Path("x"),), "val_fraction": 0.1}, {"epochs": 1.0, "max_steps": 1}])
 def test_settings_that_contradict_are_usage_errors(bad: dict[str, Any]) -> None:
     with pytest.raises(UsageError):
         FinetuneConfig(**bad)

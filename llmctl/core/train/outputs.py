@@ -1,0 +1,104 @@
+"""What a checkpoint holds of a model, written and read back: the whole of it, or an adapter. Knows directories; knows no loop."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from llmctl.core.checkpoint import load_model, save_adapter, save_model
+from llmctl.core.checkpoint.adapter import adaptable_modules, choose_modules, our_arrays, read_adapter
+from llmctl.core.config.model import ModelConfig
+from llmctl.core.families import family_named
+from llmctl.core.files import write_text
+from llmctl.core.model.lora import LoraConfig, adapter_tensors
+from llmctl.core.tokenizer import Tokenizer
+
+CARD_NAME = "README.md"
+
+
+class Output(Protocol):
+    """The model's part of a checkpoint."""
+
+    @property
+    def holds_frozen(self) -> bool:
+        """Whether what is not trained is written too."""
+        ...
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """Write it into `folder`, which exists, from float32 tensors by decoder name."""
+        ...
+
+    def read(self, folder: Path) -> Mapping[str, Tensor]:
+        """Read back, by decoder name, at least what is trained."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class WholeModel:
+    """A model directory, in float32."""
+
+    config: ModelConfig
+    family: str
+    tokenizer: Tokenizer
+    generation: Mapping[str, Any]
+    card: str
+    holds_frozen = True
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """See Output."""
+        save_model(
+            folder,
+            config=self.config,
+            family=self.family,
+            tensors=tensors,
+            dtype=torch.float32,
+            tokenizer=self.tokenizer,
+            generation=self.generation,
+        )
+        write_text(folder / CARD_NAME, self.card)
+
+    def read(self, folder: Path) -> Mapping[str, Tensor]:
+        """See Output."""
+        return load_model(folder, dtype=torch.float32).model.state_dict()
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterOnly:
+    """An adapter's directory; `base` is the model's name as --model takes it, with the fingerprint of its weights."""
+
+    config: ModelConfig
+    family: str
+    lora: LoraConfig
+    targets: Sequence[str]
+    base: str
+    fingerprint: str
+    tokenizer: Tokenizer
+    generation: Mapping[str, Any]
+    card: str
+    holds_frozen = False
+
+    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+        """See Output."""
+        save_adapter(
+            folder,
+            config=self.config,
+            family=self.family,
+            tensors=adapter_tensors(tensors),
+            lora=self.lora,
+            targets=self.targets,
+            base=self.base,
+            fingerprint=self.fingerprint,
+            tokenizer=self.tokenizer,
+            generation=self.generation,
+        )
+        write_text(folder / CARD_NAME, self.card)
+
+    def read(self, folder: Path) -> Mapping[str, Tensor]:
+        """See Output."""
+        family = family_named(self.family)
+        chosen = choose_modules(adaptable_modules(self.config, family), self.targets)
+        arrays = our_arrays(chosen, read_adapter(folder, self.config, family))
+        return {name: torch.from_numpy(array) for name, array in arrays.items()}
