@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from llmctl.cli.generate_constraint import read_constraint
 from llmctl.cli.generate_stats import Stats
 from llmctl.cli.generate_view import TextView
 from llmctl.cli.options import add_command
@@ -191,6 +192,7 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
 
     params = merged(generator.params, config.given_sampling())
     seed = config.seed if config.seed is not None else draw_seed()
+    constraint = read_constraint(config, generator)
     prompt = _prompt(config, shell, generator, text)
     shell.detail(generator.description)
     if generator.note is not None:
@@ -211,6 +213,7 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
             num_logprobs=0 if config.logprobs is None and config.best_of is not None else config.logprobs,
             ignore_eos=config.ignore_eos,
             min_new_tokens=config.min_new_tokens or 0,
+            constraint=constraint,
         )
         for index in range(num_made)
     ]
@@ -221,12 +224,14 @@ def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: 
         if config.stats:
             events = _timed(events, stats)
         if config.best_of is not None:
-            events = best_of(events, num_made=num_made, num_kept=config.num_samples)
+            events = best_of(events, lambda _: (num_made, config.num_samples))
         for event in events:
             if isinstance(event, TokenOut):
                 view.token(event)
             elif isinstance(event, Finished):
                 view.finished(event, seed=None if params.is_greedy else seed)
+                if constraint is not None and event.finish in ("length", "stop"):
+                    shell.warn(f"the answer is not whole: it was cut after {event.num_new_tokens:,} tokens")
             elif isinstance(event, Warned):
                 shell.warn(event.message)
             elif isinstance(event, Failed):

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from llmctl.cli.generate import draw_seed, open_generator
+from llmctl.cli.generate_constraint import read_constraint, recorded
 from llmctl.cli.generate_stats import Stats
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
@@ -23,6 +24,7 @@ from llmctl.core.files import check_out_file
 
 if TYPE_CHECKING:
     from llmctl.core.infer.batch import BatchFinished
+    from llmctl.core.infer.constrain import Constraint
     from llmctl.core.infer.generator import Generator
     from llmctl.core.infer.results import ResultFile
     from llmctl.core.infer.rows import BadRow, Row
@@ -46,6 +48,7 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
         shell.detail(generator.description)
         if generator.note is not None:
             shell.warn(generator.note)
+        constraint = read_constraint(config, generator)
         results, num_lines = None, None
         lines: Iterator[bytes | None] | Iterator[bytes]
         seed, drawn = config.seed, draw_seed()
@@ -57,7 +60,7 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
             rows = stack.enter_context(in_path.open("rb") if in_path is not None else _spooled(shell))
             input_hash, num_lines = input_facts(rows)
             rows.seek(0)
-            job = _job(config, generator, input_hash)
+            job = _job(config, generator, input_hash) | recorded(constraint)
             if shard is not None:
                 num_lines = sum(1 for _ in sharded((line for line in file_lines(rows) if line.strip()), shard))
                 job |= {"shard": f"{shard[0]}/{shard[1]}", "num_results": num_lines * config.num_samples}
@@ -73,7 +76,8 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
         wanted = parsed_rows(lines)
         if shard is not None:
             wanted = sharded(wanted, shard)
-        _answer(config, shell, generator, wanted, seed, results, num_lines, stats, is_shard=shard is not None and results is not None)
+        is_shard = shard is not None and results is not None
+        _answer(config, shell, generator, wanted, seed, results, num_lines, stats, constraint, is_shard=is_shard)
 
 
 def torchrun_shard(environ: Mapping[str, str]) -> tuple[int, int] | None:
@@ -180,6 +184,7 @@ def _answer(
     results: "ResultFile | None",
     num_lines: int | None,
     stats: Stats,
+    constraint: "Constraint | None",
     *,
     is_shard: bool,
 ) -> None:
@@ -197,6 +202,7 @@ def _answer(
         num_logprobs=config.logprobs,
         ignore_eos=config.ignore_eos,
         min_new_tokens=config.min_new_tokens or 0,
+        constraint=constraint,
         ordered=config.ordered,
         tell_line=is_shard,
     )

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import TYPE_CHECKING
 
 from llmctl.cli.generate import MAX_PROMPT_BYTES, draw_seed, open_generator
+from llmctl.cli.generate_constraint import read_constraint
 from llmctl.cli.generate_stats import Stats
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
@@ -42,6 +43,7 @@ def run_lines(config: GenerateConfig, shell: Shell) -> None:
         num_logprobs=config.logprobs,
         ignore_eos=config.ignore_eos,
         min_new_tokens=config.min_new_tokens or 0,
+        constraint=read_constraint(config, generator),
     )
     if config.seed is None and not params.is_greedy:
         shell.note(f"seed {settings.seed}")

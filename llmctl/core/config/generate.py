@@ -8,8 +8,8 @@ from typing import Any, Literal
 from llmctl.core.config.fields import check_fields, option
 from llmctl.core.errors import UsageError
 
-_PROMPT, _TALK, _MODEL, _CHOICE, _OUTPUT, _BATCH, _MACHINE = (
-    *("Prompt", "Conversation", "Model", "Choice of tokens", "Output", "Batch", "Machine"),
+_PROMPT, _TALK, _MODEL, _CHOICE, _STRUCTURE, _OUTPUT, _BATCH, _MACHINE = (
+    *("Prompt", "Conversation", "Model", "Choice of tokens", "Structured answer", "Output", "Batch", "Machine"),
 )
 
 ROW_PARAMETERS = (
@@ -23,12 +23,16 @@ ROW_PARAMETERS = (
 )
 """Sampling settings that a row of a batch may have too, under the same names."""
 
+STRUCTURES = ("json_schema", "regex", "choice", "grammar")
+"""Settings that say what an answer must be, of which one may be given; a row of a batch may have one too."""
+
 _MOST_DRAFTS = 256
 _NOT_WITH_BEAMS = (
     *("temperature", "top_k", "top_p", "min_p", "presence_penalty", "frequency_penalty", "seed", "stop", "input", "lines"),
     *("min_new_tokens", "ignore_eos", "best_of", "logprobs", "draft_model"),
+    *STRUCTURES,
 )
-_NOT_WITH_INTERACTIVE = ("input", "lines", "merge", "echo", "show_prompt", "code", "logprobs", "best_of")
+_NOT_WITH_INTERACTIVE = ("input", "lines", "merge", "echo", "show_prompt", "code", "logprobs", "best_of", *STRUCTURES)
 _NOT_WITH_SHOW_PROMPT = ("input", "echo", "stats", "logprobs", "best_of")
 
 
@@ -153,6 +157,15 @@ class GenerateConfig:
         panel=_CHOICE,
     )
 
+    json_schema: str | None = option(
+        None, "The answer is JSON that this schema allows; a file, or the schema itself.", metavar="FILE|TEXT", panel=_STRUCTURE
+    )
+    regex: str | None = option(None, "The whole answer matches this regular expression.", panel=_STRUCTURE)
+    choice: tuple[str, ...] = option((), "The answer is this text or another --choice. Repeatable.", metavar="TEXT", panel=_STRUCTURE)
+    grammar: str | None = option(
+        None, "The answer follows this grammar, Lark or GBNF; a file, or the grammar itself.", metavar="FILE|TEXT", panel=_STRUCTURE
+    )
+
     logprobs: int | None = option(
         None,
         "With --json or --input: tell each token's log-probability and those of the N most likely ones.",
@@ -259,6 +272,11 @@ class GenerateConfig:
             self._refuse_beside("--verify-cache", others, "it makes no text")
         if self.show_prompt:
             self._refuse_beside("--show-prompt", _NOT_WITH_SHOW_PROMPT, "it shows one prompt and makes no text")
+        if len(given := [name for name in STRUCTURES if getattr(self, name) not in (None, ())]) > 1:
+            first, second = (name.replace("_", "-") for name in given[:2])
+            raise UsageError(f"--{first} does not go with --{second}: an answer follows one of them")
+        if "" in self.choice:
+            raise UsageError("--choice: an empty text is no answer; leave it out")
         if "" in self.stop:
             raise UsageError("--stop: an empty string would stop at once; give some text")
         if self.speculation == "off" and self.draft_model is not None:

@@ -8,6 +8,7 @@ from typing import IO, Any
 
 from llmctl.core.errors import InputError, LlmctlError
 from llmctl.core.infer.best import best_of
+from llmctl.core.infer.constrain import Constraint
 from llmctl.core.infer.defaults import merged
 from llmctl.core.infer.engine import never_stop
 from llmctl.core.infer.events import Failed, Finished, Request, Warned
@@ -73,6 +74,7 @@ class BatchSettings:
     num_logprobs: int | None = None
     ignore_eos: bool = False
     min_new_tokens: int = 0
+    constraint: Constraint | None = None
     ordered: bool = False
     """Give results in the order of the rows: one that is finished early waits for those before it."""
     tell_line: bool = False
@@ -114,9 +116,7 @@ def run_batch(
     """
     job = _Job(generator, settings, results)
     events = generator.engine.run(job.requests(rows), stop=stop)
-    if settings.best_of is not None:
-        events = best_of(events, num_made=settings.best_of, num_kept=settings.num_samples)
-    for event in events:
+    for event in best_of(events, job.take_counts):
         if isinstance(event, Finished):
             if event.finish != "interrupted" and job.awaits(event):
                 yield from job.done(event)
@@ -138,6 +138,7 @@ class _Job:
         self._pending: dict[str, _Pending] = {}
         self._refused_rows: dict[int, tuple[Row | BadRow, int]] = {}
         self._order: InOrder[RowDone | RowFailed] | None = InOrder() if settings.ordered else None
+        self._counts: dict[int | str, tuple[int, int]] = {}  # of ids whose samples are compared: made, kept
         self._num_places = 0
         self._seen: set[str] = set()
         self._num_done = self._num_failed = self._num_skipped = self._num_cut = self._num_new_tokens = 0
@@ -160,9 +161,8 @@ class _Job:
             yield self._refused(row, row.error)
             return
         done = self._results.done if self._results is not None else ()
-        num_samples = self._settings.num_samples
+        num_samples = self._num_results(row)
         if row.reply is not None:
-            num_samples = row.reply.num_choices or num_samples
             samples = [] if result_key(row.id, 0) in done else list(range(num_samples))
             self._num_skipped += not samples
         else:
@@ -185,22 +185,35 @@ class _Job:
             self._pending |= {result_key(row.id, sample): _Pending(row, num_cut, is_greedy, self._place()) for sample in samples}
         yield from requests
 
+    def _num_results(self, row: Row) -> int:
+        """How many texts of a row are wanted."""
+        said = None if row.reply is None else row.reply.num_choices
+        return self._settings.num_samples if said is None else said
+
+    def take_counts(self, id: int | str) -> tuple[int, int] | None:
+        """How many samples of a row are made and kept, when they are compared; asked once."""
+        return self._counts.pop(id, None)
+
     def _num_logprobs(self, row: Row) -> int | None:
         """How many log-probabilities the result of a row tells."""
-        said = None if row.reply is None else row.reply.num_logprobs
+        said = row.num_logprobs if row.reply is None else row.reply.num_logprobs
         return self._settings.num_logprobs if said is None else said
 
     def _made(self, row: Row, samples: list[int]) -> tuple[list[Request], int]:
         settings, prompter = self._settings, self._generator.prompter
         max_new_tokens = settings.max_new_tokens if row.max_new_tokens is None else row.max_new_tokens
-        if settings.best_of is not None and row.reply is not None and row.reply.num_choices not in (None, settings.num_samples):
-            raise InputError(f"body.n is not {settings.num_samples}, as --num-samples, and --best-of chooses for the whole job")
+        num_made = settings.best_of if row.best_of is None else row.best_of
+        num_kept = self._num_results(row)
+        if num_made is not None and num_made < num_kept:
+            raise InputError(f"best_of is {num_made:,}, less than the {num_kept:,} texts that are to be kept")
         num_logprobs = self._num_logprobs(row)
         if row.prompt is not None:
             is_raw = row.reply is not None
             prompt = prompter.from_text(row.prompt, system=row.system, max_new_tokens=max_new_tokens, raw=is_raw)
         else:
             prompt = prompter.from_messages(row.messages, max_new_tokens=max_new_tokens)
+        if num_made is not None:
+            self._counts[row.id] = num_made, num_kept
         params = merged(settings.params, row.sampling)
         requests = [
             self._generator.request_for(
@@ -210,11 +223,12 @@ class _Job:
                 seed=settings.seed if row.seed is None else row.seed,
                 stop=settings.stop if row.stop is None else row.stop,
                 params=params,
-                num_logprobs=0 if num_logprobs is None and settings.best_of is not None else num_logprobs,
-                ignore_eos=settings.ignore_eos,
-                min_new_tokens=settings.min_new_tokens,
+                num_logprobs=0 if num_logprobs is None and num_made is not None else num_logprobs,
+                ignore_eos=settings.ignore_eos if row.ignore_eos is None else row.ignore_eos,
+                min_new_tokens=settings.min_new_tokens if row.min_new_tokens is None else row.min_new_tokens,
+                constraint=settings.constraint if row.constraint is None else row.constraint,
             )
-            for sample in (samples if settings.best_of is None else range(settings.best_of))
+            for sample in (samples if num_made is None else range(num_made))
         ]
         return requests, prompt.num_cut
 
@@ -272,7 +286,7 @@ class _Job:
         }
         if event.score is not None:
             row["score"] = event.score
-        if event.logprobs is not None and self._settings.num_logprobs is not None:
+        if event.logprobs is not None and self._num_logprobs(pending.row) is not None:
             row["logprobs"] = logprob_rows(event.token_ids, event.logprobs, self._generator.tokenizer.token_text)
         outcome = RowDone(row=self._told(row, pending), num_prompt_tokens=event.num_prompt_tokens, num_new_tokens=event.num_new_tokens)
         yield from self._given(outcome, pending.place)
@@ -307,7 +321,7 @@ class _Job:
             error = f"line {row.line}: {event.error}"
             if pending.choices is not None:
                 num_texts = self._settings.num_samples
-                for index in range(max(pending.choices.num_wanted, self._settings.best_of or 1)):  # the row has failed as a whole
+                for index in range(pending.choices.num_wanted):  # the row has failed as a whole
                     self._pending.pop(result_key(event.id, index), None)
             elif self._settings.num_samples > 1:
                 record["sample"] = event.sample_index

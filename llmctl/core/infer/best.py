@@ -1,31 +1,40 @@
 """The best of several texts of one prompt. Knows the engine's events; knows no model and no terminal."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import replace
 
 from llmctl.core.infer.events import Event, Failed, Finished, TokenOut
 
 
-def best_of(events: Iterable[Event], *, num_made: int, num_kept: int) -> Iterator[Event]:
-    """The events of an engine that makes `num_made` samples of each id, with the `num_kept` best in their place.
+def best_of(events: Iterable[Event], counts: Callable[[int | str], tuple[int, int] | None]) -> Iterator[Event]:
+    """The events of an engine that makes several samples of an id, with the best in their place.
 
-    The best are those whose tokens are the most probable on average (the sum would favour short texts), ties by
-    sample; they come when all of an id are there, best first, numbered anew from 0, with their mean as `score`. The
-    requests must ask for log-probabilities. Where samples failed and too few are left, a Failed comes for each that
-    lacks. What an interruption leaves incomplete comes as "interrupted". TokenOut are left out.
+    `counts(id)` gives how many samples come and how many of them are kept, or None for an id whose samples are not
+    compared; it is asked when the first of an id's samples is there. The best are those whose tokens are the most
+    probable on average (the sum would favour short texts), ties by sample; they come when all of an id are there, best
+    first, numbered anew from 0, with their mean as `score`. The requests must ask for log-probabilities. Where samples
+    failed and too few are left, a Failed comes for each that lacks. What an interruption leaves incomplete comes as
+    "interrupted". TokenOut are left out.
     """
-    groups: dict[int | str, list[Finished | Failed]] = {}
+    groups: dict[int | str, tuple[int, int, list[Finished | Failed]]] = {}
     for event in events:
         if isinstance(event, TokenOut):
             continue
         if not isinstance(event, Finished | Failed) or (isinstance(event, Failed) and event.line is not None):
             yield event
             continue
-        group = groups.setdefault(event.id, [])
+        if event.id not in groups:
+            found = counts(event.id)
+            if found is None:
+                yield event
+                continue
+            groups[event.id] = *found, []
+        num_made, num_kept, group = groups[event.id]
         group.append(event)
         if len(group) == num_made:
-            yield from _chosen(groups.pop(event.id), num_kept, whole=True)
-    for group in groups.values():
+            del groups[event.id]
+            yield from _chosen(group, num_kept, whole=True)
+    for _, num_kept, group in groups.values():
         yield from _chosen(group, num_kept, whole=False)
 
 

@@ -46,6 +46,8 @@ class DraftModel:
         """Tokens of the small model. Raises MemoryError and NonFiniteError."""
         found: list[list[int]] = [[] for _ in group]
         wanted = [(row, *group[row]) for row, length in enumerate(lengths) if length]
+        if not wanted:
+            return found
         capacity = min(max(text.max_length for _, _, text in wanted), self._executor.max_positions)
         self._executor.reserve(num_slots=max(slot for _, slot, _ in wanted) + 1, capacity=capacity)
         feeds = {row: self._lacking(slot, text) for row, slot, text in wanted}

@@ -6,14 +6,17 @@ speculator's guesses come true. A finished text leaves its slot to the next requ
 endless: it is read only when a slot is free.
 """
 
+import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import wait
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.core.errors import NonFiniteError
+from llmctl.core.errors import InputError, NonFiniteError
+from llmctl.core.infer.constrain import Constrainer, DeadEndError, Masks
 from llmctl.core.infer.events import Event, Failed, Request, TokenOut, Warned
 from llmctl.core.infer.executor import Executor
 from llmctl.core.infer.prefixes import MIN_SHARED, common_length
@@ -46,6 +49,7 @@ class Engine:
     `chunk_tokens` bounds how many prompt tokens are fed between two rounds of decoding. `share_prefixes` copies the
     keys and values of a beginning that another text in the cache has too (a system prompt, samples of one prompt)
     instead of computing them again. `speculator` guesses tokens ahead, which changes no text.
+    `constrainer` is for requests with constraints.
     """
 
     def __init__(
@@ -58,10 +62,11 @@ class Engine:
         chunk_tokens: int = 512,
         share_prefixes: bool = True,
         speculator: Speculator | None = None,
+        constrainer: Constrainer | None = None,
     ) -> None:
         if num_slots < 1 or chunk_tokens < 1:
             raise ValueError("num_slots and chunk_tokens must be at least 1")
-        self._executor, self._tokenizer = executor, tokenizer
+        self._executor, self._tokenizer, self._constrainer = executor, tokenizer, constrainer
         self._eos_ids = frozenset(eos_ids)
         self._num_slots, self._chunk_tokens, self._share_prefixes = num_slots, chunk_tokens, share_prefixes
         self.speculator = speculator
@@ -96,10 +101,8 @@ class Engine:
                         exhausted = True
                     elif isinstance(request, Failed):
                         yield request
-                    elif (problem := self._problem(request)) is not None:
-                        yield Failed(id=request.id, sample_index=request.sample_index, error=problem)
                     else:
-                        yield from self._admit(TextUnderWay(request, self._tokenizer, eos_ids=self._eos_ids))
+                        yield from self._begin(request)
                 if not self._active:
                     if exhausted and not self._waiting:
                         return
@@ -112,6 +115,20 @@ class Engine:
         finally:
             self._active.clear()
             self._waiting.clear()
+
+    def _begin(self, request: Request) -> Iterator[Event]:
+        """Give a new request a slot, or say why it cannot be answered."""
+        problem, constrained = self._problem(request), None
+        if problem is None and request.constraint is not None:
+            assert self._constrainer is not None, "requests with constraints need a Constrainer"
+            try:
+                constrained = self._constrainer.start(request.constraint)
+            except InputError as error:
+                problem = str(error)
+        if problem is not None:
+            yield Failed(id=request.id, sample_index=request.sample_index, error=problem)
+            return
+        yield from self._admit(TextUnderWay(request, self._tokenizer, eos_ids=self._eos_ids, constrained=constrained))
 
     def _problem(self, request: Request) -> str | None:
         """Why a request cannot be answered, or None."""
@@ -165,11 +182,14 @@ class Engine:
         tokens = np.zeros((len(group), width), dtype=np.int64)
         for row, (_, text) in enumerate(group):
             tokens[row, : lengths[row]] = text.tokens[text.num_fed : text.num_fed + int(lengths[row])]
-        logits = self._step(group, tokens, lengths if bool((lengths < width).any()) else None)
+        chosen = [text if text.num_unfed == lengths[row] else None for row, (_, text) in enumerate(group)]
+        with self._masks(chosen) as masks:
+            logits = self._step(group, tokens, lengths if bool((lengths < width).any()) else None)
+        allowed = masks()
         for row, (slot, text) in enumerate(group):
             self._note_fed(slot, text, int(lengths[row]))
             if text.num_unfed == 0:
-                yield from self._choose(slot, text, logits[row])
+                yield from self._choose(slot, text, logits[row], *allowed[row])
 
     def _copy_or_wait(self, slot: int, text: TextUnderWay, group: list[TextUnderWay]) -> bool:
         """Take over a cached beginning from another slot; True when the text had better wait for one being computed."""
@@ -205,18 +225,36 @@ class Engine:
         for row, (_, text) in enumerate(group):
             tokens[row, : lengths[row]] = text.tokens[-1], *drafts[row]
         ragged = bool((lengths < tokens.shape[1]).any())
-        logits = self._step(group, tokens, lengths if ragged else None, all_logits=tokens.shape[1] > 1)
+        with self._masks([text for _, text in group], drafts) as masks:
+            logits = self._step(group, tokens, lengths if ragged else None, all_logits=tokens.shape[1] > 1)
         if logits.ndim == 2:
             logits = logits[:, None]  # (B, 1, V)
+        allowed = masks()
         for row, (slot, text) in enumerate(group):
-            yield from self._verify(slot, text, drafts[row], logits[row])
+            yield from self._verify(slot, text, drafts[row], logits[row], allowed[row])
 
-    def _verify(self, slot: int, text: TextUnderWay, drafts: list[int], logits: NDArray[np.float32]) -> Iterator[Event]:
+    @contextlib.contextmanager
+    def _masks(self, texts: list[TextUnderWay | None], drafts: list[list[int]] | None = None) -> Iterator[Callable[[], Masks]]:
+        """Compute in a thread what the texts' grammars allow, while the model computes inside; an empty list is everything."""
+        constrained = [None if text is None else text.constrained for text in texts]
+        nothing: Masks = [[] for _ in texts]
+        if self._constrainer is None or not any(constrained):
+            yield lambda: nothing
+            return
+        future = self._constrainer.masks(list(zip(constrained, drafts or [[]] * len(texts), strict=True)))
+        try:
+            yield future.result
+        finally:
+            wait([future])  # also when the model fails: the thread moves the texts' grammars to and fro
+
+    def _verify(
+        self, slot: int, text: TextUnderWay, drafts: list[int], logits: NDArray[np.float32], allowed: list[NDArray[np.bool_]]
+    ) -> Iterator[Event]:
         """Choose after the last token and after each draft that proves right; `logits` (1 + drafts, V) or longer."""
         num_accepted = 0
         for index in range(1 + len(drafts)):
             self._note_fed(slot, text, 1)
-            yield from self._choose(slot, text, logits[index])
+            yield from self._choose(slot, text, logits[index], *allowed[index : index + 1])
             if slot not in self._active or index == len(drafts) or text.tokens[-1] != drafts[index]:
                 break
             num_accepted += 1
@@ -239,9 +277,19 @@ class Engine:
         self._cached[slot].extend(text.tokens[text.num_fed : text.num_fed + count])
         text.num_fed += count
 
-    def _choose(self, slot: int, text: TextUnderWay, logits: NDArray[np.float32]) -> Iterator[Event]:
+    def _choose(
+        self, slot: int, text: TextUnderWay, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None
+    ) -> Iterator[Event]:
         try:
-            token, piece, reason = text.choose(logits[: self._num_choices])
+            token, piece, reason = text.choose(logits[: self._num_choices], allowed)
+        except DeadEndError as error:
+            del self._active[slot]
+            yield Failed(
+                id=text.request.id,
+                sample_index=text.request.sample_index,
+                error=f"the structured answer cannot be continued after {text.num_new:,} tokens: {error}",
+            )
+            return
         except NonFiniteError as error:
             where = f"token {text.num_new} of item {text.request.id}"
             raise NonFiniteError(

@@ -3,11 +3,12 @@
 from dataclasses import dataclass, field
 from typing import Literal
 
+from llmctl.core.infer.constrain import Constraint
 from llmctl.core.infer.logprobs import TokenLogprob
 from llmctl.core.infer.sampler import SamplingParams
 
 FinishReason = Literal["eos", "stop", "length", "interrupted"]
-"""An end-of-sequence token, a stop string, the limit of tokens or of the context, a signal."""
+"""An end-of-sequence token, or a structured answer that nothing can follow; a stop string; the limit of tokens; a signal."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,6 +31,8 @@ class Request:
     """Go on after an end-of-sequence token, which is a token without text then."""
     min_new_tokens: int = 0
     """No end-of-sequence token is chosen before so many tokens are there."""
+    constraint: Constraint | None = None
+    """What the answer must be; only an answer that ends as "eos" is whole."""
 
 
 @dataclass(frozen=True, kw_only=True)

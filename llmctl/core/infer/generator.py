@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.core.errors import InputError
 from llmctl.core.infer.beam import BeamParams, BeamStep, beam_search
+from llmctl.core.infer.constrain import Constrainer, Constraint
 from llmctl.core.infer.defaults import merged, recommended
 from llmctl.core.infer.engine import Engine, never_stop
 from llmctl.core.infer.events import Finished, FinishReason, Request
@@ -36,6 +37,7 @@ class Generator:
     executor: Executor
     executor_kind: Literal["native", "torch"]
     engine: Engine
+    constrainer: Constrainer
     tokenizer: "Tokenizer"
     prompter: Prompter
     eos_ids: frozenset[int]
@@ -102,12 +104,20 @@ class Generator:
             eos_ids.add(words.eos_id)
         if prompter.uses_chat:  # many chat models name only the end of text, not the end of a turn
             eos_ids |= words.end_of_turn_ids
+        num_choices = min(loaded.executor.vocab_size, words.vocab_size)
+        constrainer = Constrainer(words.to_json, num_choices=num_choices, eos_ids=eos_ids)
         return cls(
             executor=loaded.executor,
             executor_kind=loaded.kind,
             engine=Engine(
-                loaded.executor, words, eos_ids=eos_ids, num_slots=num_slots, speculator=_speculator(loaded, draft, words, speculate)
+                loaded.executor,
+                words,
+                eos_ids=eos_ids,
+                num_slots=num_slots,
+                speculator=_speculator(loaded, draft, speculate, num_choices=num_choices),
+                constrainer=constrainer,
             ),
+            constrainer=constrainer,
             tokenizer=words,
             prompter=prompter,
             eos_ids=frozenset(eos_ids),
@@ -145,6 +155,7 @@ class Generator:
         num_logprobs: int | None = None,
         ignore_eos: bool = False,
         min_new_tokens: int = 0,
+        constraint: Constraint | None = None,
     ) -> Request:
         """A request from a prompt that is ready."""
         return Request(
@@ -158,6 +169,7 @@ class Generator:
             num_logprobs=num_logprobs,
             ignore_eos=ignore_eos,
             min_new_tokens=min_new_tokens,
+            constraint=constraint,
         )
 
     def search(
@@ -212,7 +224,7 @@ def _open_draft(model: str, words: "Tokenizer", machine: Any) -> OpenedModel:
 
 
 def _speculator(
-    target: OpenedModel, draft: OpenedModel | None, words: "Tokenizer", speculate: Literal["auto", "off"] | int
+    target: OpenedModel, draft: OpenedModel | None, speculate: Literal["auto", "off"] | int, *, num_choices: int
 ) -> Speculator | None:
     """Who guesses tokens, if anyone. On torch by itself nobody does: another shape of a product may round a near tie the other way."""
     if speculate == "off" or (speculate == "auto" and draft is None and target.kind != "native"):
@@ -224,5 +236,5 @@ def _speculator(
     from llmctl.core.model.facts import matmul_parameters
 
     sizes = [matmul_parameters(model.config) for model in (draft, target)]
-    drafter = DraftModel(draft.executor, relative_cost=sizes[0] / sizes[1], num_choices=min(target.executor.vocab_size, words.vocab_size))
+    drafter = DraftModel(draft.executor, relative_cost=sizes[0] / sizes[1], num_choices=num_choices)
     return Speculator(drafter, token_cost=target.token_cost, num_tokens=num_tokens)

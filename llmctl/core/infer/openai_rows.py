@@ -20,7 +20,7 @@ from llmctl.core.infer.logprobs import MAX_LOGPROBS, TokenLogprob
 CHAT_URL, TEXT_URL = "/v1/chat/completions", "/v1/completions"
 MAX_CHOICES = 128
 _REQUEST = ("custom_id", "method", "url", "body")
-_TRANSLATED = ("messages", "prompt", "max_tokens", "max_completion_tokens", "n", "logprobs", "top_logprobs")
+_TRANSLATED = ("messages", "prompt", "max_tokens", "max_completion_tokens", "n", "logprobs", "top_logprobs", "response_format")
 _AS_THEY_ARE = ("seed", "stop", *ROW_PARAMETERS)
 _PASSED_OVER = (
     *("model", "user", "metadata", "store", "service_tier", "parallel_tool_calls", "safety_identifier", "prompt_cache_key"),
@@ -33,7 +33,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "logit_bias": ({},),
     "tools": ([],),
     "tool_choice": ("none", "auto"),
-    "response_format": ({"type": "text"},),
     "modalities": (["text"],),
 }
 """Parameters that may be there as long as they ask for nothing."""
@@ -92,9 +91,26 @@ def plain_row(value: Mapping[str, Any]) -> tuple[dict[str, Any], Reply]:
     else:
         plain["prompt"] = _prompt(body.get("prompt"))
     num_choices = _whole(body, "n", least=1, most=MAX_CHOICES)
-    if body.get("best_of") not in (None, num_choices or 1):
-        raise InputError("body.best_of differs from n; use --best-of for the whole job")
+    if (best_of := _whole(body, "best_of", least=1, most=MAX_CHOICES)) not in (None, num_choices or 1):
+        if best_of is not None and best_of < (num_choices or 1):
+            raise InputError(f"body.best_of is {best_of}, less than the n of {num_choices or 1}")
+        plain["best_of"] = best_of
+    if (schema := _schema(body.get("response_format"))) is not None:
+        plain["json_schema"] = schema
     return plain, Reply(kind, num_choices, _num_logprobs(body, kind))
+
+
+def _schema(wish: Any) -> dict[str, Any] | None:
+    """The JSON schema that a response_format asks for, if any."""
+    kind = wish.get("type") if isinstance(wish, dict) else None
+    if wish is None or kind == "text":
+        return None
+    if kind == "json_object":
+        return {"type": "object"}
+    schema = wish["json_schema"].get("schema") if kind == "json_schema" and isinstance(wish.get("json_schema"), dict) else None
+    if not isinstance(schema, dict):
+        raise InputError("body.response_format: type text, json_object, or json_schema with a schema is wanted")
+    return schema
 
 
 def _messages(messages: Any) -> Any:

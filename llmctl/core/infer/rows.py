@@ -8,16 +8,22 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import IO, Any, TypeVar
 
-from llmctl.core.config.generate import ROW_PARAMETERS
+from llmctl.core.config.generate import ROW_PARAMETERS, STRUCTURES
 from llmctl.core.errors import InputError
 from llmctl.core.files import parse_json
+from llmctl.core.infer.constrain import KINDS as CONSTRAINT_KINDS
+from llmctl.core.infer.constrain import Constraint
+from llmctl.core.infer.logprobs import MAX_LOGPROBS
 from llmctl.core.infer.openai_rows import Reply, is_answer, is_request, plain_row
 
 MAX_LINE_BYTES = 64 << 20
-RESULT_FIELDS = ("text", "finish", "num_prompt_tokens", "num_new_tokens", "num_cut", "sample", "logprobs", "score", "error", "line")
+RESULT_FIELDS = ("text", "finish", "num_prompt_tokens", "num_new_tokens", "num_cut", "sample", "score", "error", "line")
 """Names that a result row gives meaning to; an input field of that name could not be carried."""
 
-_READ = ("id", "prompt", "messages", "system", "seed", "stop", "max_new_tokens", "max_tokens", *ROW_PARAMETERS)
+_READ = (
+    *("id", "prompt", "messages", "system", "seed", "stop", "max_new_tokens", "max_tokens", "min_new_tokens", "ignore_eos"),
+    *("best_of", "logprobs", *STRUCTURES, *ROW_PARAMETERS),
+)
 _BLOCK_BYTES = 1 << 16
 _IDLE_S = 0.05
 
@@ -34,6 +40,11 @@ class Row:
     seed: int | None = None
     stop: tuple[str, ...] | None = None
     max_new_tokens: int | None = None
+    min_new_tokens: int | None = None
+    ignore_eos: bool | None = None
+    best_of: int | None = None
+    num_logprobs: int | None = None
+    constraint: Constraint | None = None
     sampling: Mapping[str, Any] = field(default_factory=dict)
     extra: Mapping[str, Any] = field(default_factory=dict)
     """Fields that mean nothing here and are carried to the result."""
@@ -140,6 +151,11 @@ def _row(value: dict[str, Any], line: int, id: int | str, reply: Reply | None) -
         seed=_whole(value, "seed", least=0, most=2**63 - 1),
         stop=_stops(value.get("stop")),
         max_new_tokens=_whole(value, "max_new_tokens" if value.get("max_new_tokens") is not None else "max_tokens", least=1, most=1 << 31),
+        min_new_tokens=_whole(value, "min_new_tokens", least=0, most=1 << 31),
+        ignore_eos=_flag(value, "ignore_eos"),
+        best_of=_whole(value, "best_of", least=1, most=100_000),
+        num_logprobs=_whole(value, "logprobs", least=0, most=MAX_LOGPROBS),
+        constraint=_constraint(value),
         sampling={name: value[name] for name in ROW_PARAMETERS if value.get(name) is not None},
         extra=_extra(value),
         reply=reply,
@@ -170,6 +186,20 @@ def _whole(value: Mapping[str, Any], name: str, *, least: int, most: int) -> int
     if isinstance(number, bool) or not isinstance(number, int) or not least <= number <= most:
         raise InputError(f"{name}: {number!r} is not a whole number from {least} to {most}")
     return number
+
+
+def _flag(value: Mapping[str, Any], name: str) -> bool | None:
+    flag = value.get(name)
+    if flag is not None and not isinstance(flag, bool):
+        raise InputError(f"{name}: {flag!r} is neither true nor false")
+    return flag
+
+
+def _constraint(value: Mapping[str, Any]) -> Constraint | None:
+    given = [kind for kind in CONSTRAINT_KINDS if value.get(kind) is not None]
+    if len(given) > 1:
+        raise InputError(f"{given[0]} does not go with {given[1]}: an answer follows one of them")
+    return Constraint.of(given[0], value[given[0]]) if given else None
 
 
 def _stops(value: Any) -> tuple[str, ...] | None:

@@ -6,6 +6,7 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.core.infer.constrain import ConstrainedText, DeadEndError
 from llmctl.core.infer.events import Finished, FinishReason, Request
 from llmctl.core.infer.logprobs import TokenLogprob, token_logprob
 from llmctl.core.infer.penalties import History
@@ -41,8 +42,10 @@ class TextTokenizer(Protocol):
 class TextUnderWay:
     """The state of one request. Sampling depends on it alone, never on its neighbours in a batch."""
 
-    def __init__(self, request: Request, tokenizer: TextTokenizer, *, eos_ids: Collection[int]) -> None:
-        self.request = request
+    def __init__(
+        self, request: Request, tokenizer: TextTokenizer, *, eos_ids: Collection[int], constrained: ConstrainedText | None = None
+    ) -> None:
+        self.request, self.constrained = request, constrained
         self.tokens = list(request.prompt_ids)
         """Prompt and answer."""
         self.num_fed = 0
@@ -90,27 +93,32 @@ class TextUnderWay:
             logits = self._without_end(logits)
         return sample(logits, params, uniform, history=self._history.followed_by(ahead) if params.has_penalties else None)
 
-    def choose(self, logits: NDArray[np.float32]) -> tuple[int, str, FinishReason | None]:
+    def choose(self, logits: NDArray[np.float32], allowed: NDArray[np.bool_] | None = None) -> tuple[int, str, FinishReason | None]:
         """Take the next token from `logits` (V,): the token, the text that became certain, and whether it was the last.
 
-        Raises NonFiniteError.
+        `allowed` (V,) says what the grammar leaves, of a text that has one. Raises NonFiniteError and DeadEndError.
         """
         params = self.request.params
         uniform = 0.0 if params.is_greedy else uniform_at(self.request.seed, self._key, self.num_new)
-        token = sample(
-            self._without_end(logits) if self.num_new < self.request.min_new_tokens else logits, params, uniform, history=self._history
-        )
+        choices = logits if allowed is None else _masked(logits, allowed)
+        if self.num_new < self.request.min_new_tokens:
+            choices = self._without_end(choices)
+        token = sample(choices, params, uniform, history=self._history)
         if self.request.num_logprobs is not None:
             self._logprobs.append(token_logprob(logits, token, self.request.num_logprobs))
         self.tokens.append(token)
         self._history.add(token)
         if token in self._eos_ids and not self.request.ignore_eos:
             return token, "", "eos"
+        if self.constrained is not None and token not in self._eos_ids:
+            self.constrained.take(token)
         is_text = token not in self._special_ids and token not in self._eos_ids
         piece = self._matcher.push(self._decoder.push(token)) if is_text else ""
         self._pieces.append(piece)
         if self._matcher.matched is not None:
             return token, piece, "stop"
+        if self.constrained is not None and self.constrained.is_complete:
+            return token, piece, "eos"
         return token, piece, "length" if self.num_new >= self.request.max_new_tokens else None
 
     @property
@@ -119,14 +127,14 @@ class TextUnderWay:
         return self._logprobs[-1] if self._logprobs else None
 
     def _without_end(self, logits: NDArray[np.float32]) -> NDArray[np.float32]:
-        """Logits (V,) of which no end-of-sequence token can be chosen."""
+        """Logits (V,) of which no end-of-sequence token can be chosen, unless nothing else can."""
         ends = [token for token in self._eos_ids if token < logits.shape[0]]
         if not ends:
             return logits
         check_finite(logits)  # a NaN must not be covered up
-        logits = logits.copy()
-        logits[ends] = -np.inf
-        return logits
+        others = logits.copy()
+        others[ends] = -np.inf
+        return logits if others.max() == -np.inf else others
 
     def finished(self, reason: FinishReason) -> Finished:
         """The result; gives out what had been held back."""
@@ -146,3 +154,11 @@ class TextUnderWay:
             stop=self._matcher.matched,
             logprobs=None if request.num_logprobs is None else tuple(self._logprobs),
         )
+
+
+def _masked(logits: NDArray[np.float32], allowed: NDArray[np.bool_]) -> NDArray[np.float32]:
+    """Logits (V,) of which only what is allowed can be chosen. Raises DeadEndError when nothing is."""
+    check_finite(logits)  # a NaN must not be covered up
+    if not allowed.any():
+        raise DeadEndError("no token of the model can go on here")
+    return np.where(allowed, logits, np.float32(-np.inf))

@@ -22,6 +22,8 @@ _NUM_PLACES = 8
 """So many of the latest places where the last two tokens stood before are looked at."""
 _GRADES = ((10, 0.85), (6, 0.75), (4, 0.6), (3, 0.45), (2, 0.3))
 """(tokens that match, at least; share of drafts taken to come true until it was measured)."""
+_FORCED_SHARE = 0.95
+"""What a grammar forces comes true, unless the model cuts the characters into other tokens."""
 _WEIGHT, _FORGETTING = 0.15, 0.005
 """What one draft moves a measured share, and what time brings it back, so that what did not pay is tried again at times."""
 
@@ -59,24 +61,40 @@ class Speculator:
         self._drafter, self._token_cost, self._num_tokens = drafter, token_cost, num_tokens
         self.num_drafted = self.num_accepted = 0
         """Drafts that were fed, and those that came true."""
+        self._forced: set[TextUnderWay] = set()  # texts whose last drafts came from their grammar
 
     def drafts(self, group: Group) -> list[list[int]]:
         """Drafts for each text of a group whose last tokens are to be fed; an empty list is none."""
         most = MAX_DRAFTS if self._num_tokens is None else self._num_tokens
-        chances = [self._drafter.chances(text, limit) if (limit := min(most, text.num_left - 1)) > 0 else [] for _, text in group]
+        limits = [min(most, text.num_left - 1) for _, text in group]
+        forced = [
+            text.constrained.forced()[:limit] if text.constrained is not None and limit > 0 else []
+            for (_, text), limit in zip(group, limits, strict=True)
+        ]
+        chances = [
+            [_FORCED_SHARE ** (i + 1) for i in range(len(tokens))] if tokens else self._drafter.chances(text, limit) if limit > 0 else []
+            for (_, text), tokens, limit in zip(group, forced, limits, strict=True)
+        ]
         if self._num_tokens is None:
             lengths = draft_lengths(chances, token_cost=self._token_cost, draft_cost=self._drafter.cost(len(group)))
         else:
             lengths = [len(row) for row in chances]
         if not any(lengths):
             return [[]] * len(group)
-        return self._drafter.drafts(group, lengths)
+        self._forced = {text for (_, text), tokens in zip(group, forced, strict=True) if tokens}
+        guessed = self._drafter.drafts(group, [0 if tokens else length for tokens, length in zip(forced, lengths, strict=True)])
+        drafts = [tokens[:length] if tokens else row for tokens, length, row in zip(forced, lengths, guessed, strict=True)]
+        return [
+            row if text.constrained is None or not row else row[: text.constrained.num_valid(row)]
+            for row, (_, text) in zip(drafts, group, strict=True)
+        ]
 
     def note(self, text: TextUnderWay, num_drafted: int, num_accepted: int) -> None:
         """Count how drafts fared."""
         self.num_drafted += num_drafted
         self.num_accepted += num_accepted
-        self._drafter.note(text, num_drafted, num_accepted)
+        if text not in self._forced:
+            self._drafter.note(text, num_drafted, num_accepted)
 
     def release(self) -> None:
         """Give memory back."""
