@@ -77,6 +77,10 @@ def plan_lines(plan: Planned) -> list[str]:
         f"model      {plan.family}, {counted(plan.num_layers, 'layer')} x {plan.hidden_size}, vocabulary {plan.vocab_size:,}:"
         f" {plan.num_parameters:,} parameters{_trained(plan)}",
         f"data       {plan.data_tokens:,} tokens; {plan.num_tokens:,} will be seen, {plan.epochs:.2f} epochs",
+        *(
+            f"           {use.share:6.2%} {use.name}: {use.num_tokens:,} of {use.data_tokens:,} tokens, {use.epochs:.2f} epochs"
+            for use in plan.sources
+        ),
         f"steps      {plan.num_steps:,} of {plan.batch_tokens:,} tokens ({plan.batch_size} x {plan.seq_len}, in micro-batches of"
         f" {plan.micro_batch_size}), warm-up {plan.warmup_steps}",
         f"every      evaluation {_every(plan.eval_every)},"

@@ -4,6 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, option
+from llmctl.core.config.mixture import parse_mixture
 from llmctl.core.errors import UsageError
 
 _MODEL, _BUDGET, _OPTIM, _RUN, _MACHINE = "Model and data", "Budget", "Optimizer", "Run folder and resume", "Machine"
@@ -17,7 +18,13 @@ RESUME_ONLY = ("resume", "resume_from", "auto_resume", "allow_change", "dry_run"
 class PretrainConfig:
     """What `llmctl pretrain` does. `None` means "not given": the plan then chooses, and says what it chose."""
 
-    data: Path | None = option(None, "Folder of token shards, made by `llmctl tokenize pack`.", metavar="DIR", panel=_MODEL)
+    data: tuple[Path, ...] = option(
+        (),
+        "Folder of token shards, made by `llmctl tokenize pack`. Repeatable as DIR=PART, for parts of the tokens. "
+        "[default of PART: by the folders' sizes]",
+        metavar="DIR",
+        panel=_MODEL,
+    )
     val_data: Path | None = option(
         None, "Folder of token shards to evaluate on, instead of the validation split of --data.", metavar="DIR", panel=_MODEL
     )
@@ -154,7 +161,10 @@ class PretrainConfig:
     threads: int | None = option(None, "CPU threads. [default: as torch chooses]", minimum=1, maximum=1024, panel=_MACHINE)
 
     def __post_init__(self) -> None:
+        if isinstance(self.data, str | Path):  # one folder, from Python
+            object.__setattr__(self, "data", (Path(self.data),))
         check_fields(self)
+        parse_mixture(self.data)
         given = [f"--{n.replace('_', '-')}" for n in ("max_steps", "max_tokens", "epochs", "max_time") if getattr(self, n) is not None]
         if len(given) > 1:
             raise UsageError(f"{' and '.join(given)}: give one budget, not {len(given)}")

@@ -101,6 +101,8 @@ def _check_alone(cls: type, values: Mapping[str, Any]) -> None:
 
 def _from_toml(value: Any, kind: FieldType, where: str) -> Any:
     if kind.many:
+        if kind.kind is Path and isinstance(value, str):
+            value = [value]  # one path may stand alone, as `data` does in runs that were stored when it was one
         if not isinstance(value, list):
             raise UsageError(f"{where}: a list is wanted, {value!r} was found")
         return tuple(_from_toml(v, FieldType(kind.kind, False, False), where) for v in value)

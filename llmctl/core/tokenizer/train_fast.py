@@ -12,7 +12,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
@@ -68,7 +68,7 @@ def _first(texts: Sequence[str], num_chars: int) -> list[str]:
 
 def _count_last(texts: Sequence[str], vocab: dict[str, int], merges: Merges) -> int:
     """How often the last merge happens: counts never rise from a merge to the next, so it is the rarest of them."""
-    parts = {"normalizer": None, "post_processor": None, "decoder": None, "added_tokens": []}
+    parts: dict[str, Any] = {"normalizer": None, "post_processor": None, "decoder": None, "added_tokens": []}
     pre = {"type": "ByteLevel", "add_prefix_space": False, "trim_offsets": True, "use_regex": True}
     model = {"type": "BPE", "vocab": vocab, "merges": merges}
     encoder = FastEncoder(json.dumps({**parts, "pre_tokenizer": pre, "model": model}))

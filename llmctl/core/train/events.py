@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from llmctl.core.data.mixture import SourceUse
+
 
 @dataclass(frozen=True, kw_only=True)
 class Planned:
@@ -38,6 +40,8 @@ class Planned:
     threads: int
     seed: int
     run_dir: str
+    sources: tuple[SourceUse, ...] = ()
+    """What is taken of each source, where there are several."""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -19,6 +19,7 @@ from llmctl.core.config.finetune import FinetuneConfig
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig, seconds, skips_allowed
 from llmctl.core.config.stored import to_toml
+from llmctl.core.data.mixture import SourceUse
 from llmctl.core.errors import NotFoundError, UsageError
 from llmctl.core.files import check_out_dir
 from llmctl.core.model.device import choose_device
@@ -101,6 +102,8 @@ class Prepared:
     """Steps of warm-up for so many steps in all, where --warmup-steps is not given."""
     num_adapted: int | None = None
     """Numbers of the adapters, where they are all that is trained."""
+    uses: Callable[[int], tuple[SourceUse, ...]] = lambda num_samples: ()
+    """What so many samples take of each source, where there are several."""
 
     @property
     def flops_per_token(self) -> float:
@@ -301,6 +304,7 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         threads=where.threads,
         seed=config.seed,
         run_dir=str(config.out_dir),
+        sources=prepared.uses(sizes.batch_size * num_steps),
     )
 
 

@@ -1,5 +1,6 @@
 """Pre-training: from PretrainConfig to a plan and a job for the loop. Knows packed data and models; knows no command line."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -12,9 +13,11 @@ from typing import Any, Literal, cast
 import torch
 
 from llmctl.core.checkpoint import check_tokenizer, check_trainable, load_config, load_model, resolve_model
+from llmctl.core.config.mixture import parse_mixture
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.config.pretrain import PretrainConfig
-from llmctl.core.data.loader import EvalSource, PretrainSource
+from llmctl.core.data.loader import EvalSource, PretrainSource, SampleSource
+from llmctl.core.data.mixture import InterleavedSource, MixtureSource, whole_parts
 from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import InputError, NotFoundError, UsageError
 from llmctl.core.files import check_manifest
@@ -67,14 +70,14 @@ def train(config: PretrainConfig, *, stop: Stop = lambda: None, save_requested: 
 class _Opened:
     """Data and architecture, opened and checked, without weights."""
 
-    dataset: TokenDataset
-    source: PretrainSource
+    datasets: tuple[TokenDataset, ...]
+    source: PretrainSource | MixtureSource
     tokenizer: Tokenizer
     architecture: ModelConfig
     family: str
     base: Path | None
     generation: dict[str, Any]
-    held_out: TokenDataset | None
+    held_out: tuple[TokenDataset, ...]
     vectors: Vectors | None
 
 
@@ -87,7 +90,7 @@ class _Pretrain:
 
     def open(self, stop: Stop) -> Iterator[Event]:
         """Open and check data, tokenizer and architecture. Nothing is written."""
-        if self._config.data is None:
+        if not self._config.data:
             raise UsageError("--data is missing: the folder of token shards made by `llmctl tokenize pack`")
         self._opened = _open(self._config)
         vectors = self._opened.vectors
@@ -106,11 +109,12 @@ class _Pretrain:
         return Prepared(
             sizes=Sizes(seq_len=config.seq_len, batch_size=config.batch_size, micro_batch_size=micro),
             samples_per_epoch=opened.source.samples_per_epoch,
-            data_tokens=opened.dataset.num_tokens,
+            data_tokens=sum(dataset.num_tokens for dataset in opened.datasets),
             architecture=opened.architecture,
             family=opened.family,
             default_epochs=1.0,
             default_warmup=lambda num_steps: min(200, num_steps // 50),
+            uses=opened.source.uses if isinstance(opened.source, MixtureSource) else lambda num_samples: (),
         )
 
     def make_job(self, run: RunFolder, where: Machine, checkpoint: checkpoints.Checkpoint | None) -> TrainJob:
@@ -126,7 +130,7 @@ class _Pretrain:
             family=opened.family,
             architecture=architecture,
             tokenizer=opened.tokenizer,
-            data={opened.dataset.directory.name: opened.source.data_hash},
+            data=_data_of_card(opened),
             settings=settings,
             base=opened.base,
         )
@@ -167,7 +171,7 @@ class _Pretrain:
                 prompt=config.sample_prompt,
                 max_new_tokens=config.sample_tokens,
                 seed=config.seed,
-                documents=opened.dataset.num_documents >= _MANY_DOCUMENTS,
+                documents=sum(dataset.num_documents for dataset in opened.datasets) >= _MANY_DOCUMENTS,
             ),
             resume=checkpoint,
             allow_change=config.allow_change,
@@ -178,14 +182,13 @@ class _Pretrain:
 
 
 def _open(config: PretrainConfig) -> _Opened:
-    assert config.data is not None
-    dataset = TokenDataset.open(config.data, split="train")
-    _check_hashes(dataset)
+    datasets, source = _open_sources(config)
+    dataset, where = datasets[0], " ".join(map(str, config.data))
     tokenizer = dataset.tokenizer()
-    source = PretrainSource(dataset, config.seq_len, config.seed)
     if source.samples_per_epoch < config.batch_size:
+        num_tokens = sum(dataset.num_tokens for dataset in datasets)
         raise InputError(
-            f"{config.data}: {dataset.num_tokens:,} tokens make {source.samples_per_epoch} sequences of {config.seq_len},"
+            f"{where}: {num_tokens:,} tokens make {source.samples_per_epoch} sequences of {config.seq_len},"
             f" fewer than --batch-size {config.batch_size}; give more data, or a smaller --seq-len or --batch-size"
         )
     base: Path | None = None
@@ -203,14 +206,37 @@ def _open(config: PretrainConfig) -> _Opened:
     else:
         family = config.family
         architecture = shape_for_depth(config.depth or 4, tokenizer.vocab_size, config.seq_len, family)
-    check_tokenizer(tokenizer, architecture, where=config.data)
+    check_tokenizer(tokenizer, architecture, where=where)
     if config.seq_len > architecture.max_positions and architecture.positions == "learned":
         raise UsageError(f"--seq-len {config.seq_len}: the model has {architecture.max_positions} positions")
-    held_out = _open_held_out(config, dataset)
+    held_out = _open_held_out(config, datasets)
     vectors = None
     if config.init_embeddings is not None and not config.resume and config.resume_from is None:  # a resumed run has its own by now
         vectors = Vectors(config.init_embeddings, tokenizer, architecture)
-    return _Opened(dataset, source, tokenizer, architecture, family, base, generation, held_out, vectors)
+    return _Opened(datasets, source, tokenizer, architecture, family, base, generation, held_out, vectors)
+
+
+def _open_sources(config: PretrainConfig) -> tuple[tuple[TokenDataset, ...], PretrainSource | MixtureSource]:
+    """The corpora of --data, and the samples that they make together."""
+    parts = parse_mixture(config.data)
+    datasets = tuple(TokenDataset.open(part.path, split="train") for part in parts)
+    for dataset in datasets:
+        if dataset.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
+            raise InputError(f"--data {dataset.directory}: was made with another tokenizer than {datasets[0].directory}; pack it again")
+        _check_hashes(dataset)
+    sources = [PretrainSource(dataset, config.seq_len, config.seed) for dataset in datasets]
+    if len(sources) == 1:
+        return datasets, sources[0]
+    weights = [part.weight or dataset.num_tokens for part, dataset in zip(parts, datasets, strict=True)]
+    return datasets, MixtureSource(sources, whole_parts(weights), config.seed)
+
+
+def _data_of_card(opened: _Opened) -> dict[str, str]:
+    """Name -> hash of what is trained on, with its part where there are several."""
+    if not isinstance(opened.source, MixtureSource):
+        return {opened.datasets[0].directory.name: opened.source.data_hash}
+    uses = opened.source.uses(0)
+    return {f"{use.name} ({use.share:.2%})": dataset.data_hash for use, dataset in zip(uses, opened.datasets, strict=True)}
 
 
 def _check_hashes(dataset: TokenDataset) -> None:
@@ -219,7 +245,8 @@ def _check_hashes(dataset: TokenDataset) -> None:
         check_manifest(dataset.directory, hashes=True)
 
 
-def _open_held_out(config: PretrainConfig, dataset: TokenDataset) -> TokenDataset | None:
+def _open_held_out(config: PretrainConfig, datasets: tuple[TokenDataset, ...]) -> tuple[TokenDataset, ...]:
+    """--val-data, or the validation splits of --data, as far as there are any."""
     if config.val_data is not None:
         for split in _SPLITS:
             try:
@@ -228,14 +255,14 @@ def _open_held_out(config: PretrainConfig, dataset: TokenDataset) -> TokenDatase
             except NotFoundError:
                 if split == "train":
                     raise
-        if held_out.tokenizer_fingerprint != dataset.tokenizer_fingerprint:
+        if held_out.tokenizer_fingerprint != datasets[0].tokenizer_fingerprint:
             raise InputError(f"--val-data {config.val_data}: was made with another tokenizer than --data")
-        return held_out
-    assert config.data is not None
-    try:
-        return TokenDataset.open(config.data, split="val")
-    except NotFoundError:
-        return None
+        return (held_out,)
+    found = []
+    for dataset in datasets:
+        with contextlib.suppress(NotFoundError):
+            found.append(TokenDataset.open(dataset.directory, split="val"))
+    return tuple(found)
 
 
 def _weights(config: PretrainConfig, opened: _Opened, checkpoint: checkpoints.Checkpoint | None) -> Decoder:
@@ -251,7 +278,9 @@ def _weights(config: PretrainConfig, opened: _Opened, checkpoint: checkpoints.Ch
 
 
 def _held_out(config: PretrainConfig, opened: _Opened, sizes: Sizes) -> HeldOut | None:
-    if opened.held_out is None:
+    if not opened.held_out:
         return None
     token_bytes = torch.from_numpy(opened.tokenizer.token_bytes()).long()
-    return HeldOut(EvalSource(opened.held_out, config.seq_len), sizes.micro_batch_size, token_bytes)
+    sources = [EvalSource(dataset, config.seq_len) for dataset in opened.held_out]
+    source: SampleSource = sources[0] if len(sources) == 1 else InterleavedSource(sources)
+    return HeldOut(source, sizes.micro_batch_size, token_bytes)
