@@ -9,7 +9,8 @@ from typing import Any, Literal
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.core.native.library import FLOAT16, FLOAT32, INT8, LANES, Layer, aligned_zeros
+from llmctl.core.native.library import FLOAT16, FLOAT32, INT8, LANES, Layer
+from llmctl.core.native.memory import aligned_zeros
 
 CacheDtype = Literal["float32", "float16", "int8"]
 CACHE_KINDS: dict[str, int] = {"float32": FLOAT32, "float16": FLOAT16, "int8": INT8}

@@ -16,6 +16,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.core.native.memory import Memory
+
 LANES = 16
 """Output rows of a packed block."""
 FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 = 0, 1, 2, 3, 4
@@ -143,6 +145,7 @@ class Session:
     def __init__(self, num_threads: int) -> None:
         self._library = load()
         self.kernels = kernels()
+        self._memory = Memory()
         self.num_threads = num_threads
         self._handle: int | None = self._library.llmctl_open(self.kernels.encode(), num_threads)
         if self._handle is None:
@@ -162,7 +165,7 @@ class Session:
         """Pack matrices (outputs, inputs) of float32 or bf16 (uint16), any strides, one below the other. Raises MemoryError."""
         outputs, inputs = sum(part.shape[0] for part in parts), parts[0].shape[1]
         layout = packed_layout(kind, outputs, inputs)
-        weights = aligned_zeros(*layout["weights"])
+        weights = self._memory.zeros(*layout["weights"])
         self._place(parts, kind, weights)
         return PackedMatrix(kind, outputs, inputs, weights, bias=_padded_bias(biases, outputs))
 
@@ -174,7 +177,7 @@ class Session:
         outputs, inputs = sum(len(part.codes) for part in parts), parts[0].num_columns
         centred = all(isinstance(part, Int4Matrix) and part.is_centred() for part in parts)
         layout = packed_layout(kind, outputs, inputs, has_minimums=not centred)
-        arrays = {name: aligned_zeros(*layout[name]) for name in layout}
+        arrays = {name: self._memory.zeros(*layout[name]) for name in layout}
         self._place([np.ascontiguousarray(part.codes).view(np.uint32) for part in parts], kind, arrays["weights"])
         if kind == INT8:
             arrays["weights"] ^= np.uint8(128)
@@ -235,7 +238,7 @@ class Int4Matrix:
 
 @dataclass(frozen=True)
 class PackedMatrix:
-    """A matrix in the library's layout: the arrays of `packed_layout`, at multiples of 64 bytes for speed."""
+    """A matrix in the library's layout: the arrays of `packed_layout`, at multiples of 64 bytes, better in huge pages (memory.py)."""
 
     kind: int
     outputs: int
@@ -293,7 +296,7 @@ def packed_layout(
 def _padded_bias(biases: list[NDArray[np.float32]] | None, outputs: int) -> NDArray[np.float32] | None:
     if biases is None:
         return None
-    bias = aligned_zeros((-(-outputs // LANES) * LANES,), np.float32)
+    bias = np.zeros(-(-outputs // LANES) * LANES, dtype=np.float32)
     bias[:outputs] = np.concatenate(biases)
     return bias
 
@@ -303,15 +306,6 @@ def kind_of(array: NDArray[Any]) -> int:
     if array.dtype not in (np.float32, np.uint16):
         raise ValueError(f"float32 or bf16 (uint16) is wanted, {array.dtype} was given")
     return FLOAT32 if array.dtype == np.float32 else BFLOAT16
-
-
-def aligned_zeros(shape: tuple[int, ...], dtype: Any) -> NDArray[Any]:
-    """Zeros that begin at a multiple of 64 bytes, a cache line; pages are taken when they are written. Raises MemoryError."""
-    num_bytes = int(np.prod(shape, dtype=np.int64)) * np.dtype(dtype).itemsize
-    raw = np.zeros(num_bytes + 64, dtype=np.uint8)
-    start = -raw.ctypes.data % 64
-    zeros: NDArray[Any] = raw[start : start + num_bytes].view(dtype).reshape(shape)
-    return zeros
 
 
 def from_bf16(array: NDArray[np.uint16]) -> NDArray[np.float32]:

@@ -11,6 +11,9 @@
 #include <thread>
 #include <vector>
 
+#if defined(__linux__)
+#include <sys/mman.h>
+#endif
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <immintrin.h>
@@ -147,6 +150,8 @@ class Pool {
     alignas(64) std::atomic<unsigned> round_{0};
 };
 
+constexpr size_t kHugePage = 2 << 20;
+
 // Grows and is never given back before its owner is.
 class Memory {
    public:
@@ -157,7 +162,11 @@ class Memory {
             data_ = nullptr;
             count_ = 0;
             void* fresh = nullptr;
-            if (posix_memalign(&fresh, 64, count * sizeof(float)) != 0) throw std::bad_alloc();
+            const size_t bytes = count * sizeof(float), page = bytes >= kHugePage ? kHugePage : 64;
+            if (posix_memalign(&fresh, page, bytes) != 0) throw std::bad_alloc();
+#if defined(__linux__)
+            if (page == kHugePage) madvise(fresh, bytes / kHugePage * kHugePage, MADV_HUGEPAGE);  // a wish; if not, then not
+#endif
             data_ = static_cast<float*>(fresh);
             count_ = count;
         }

@@ -115,7 +115,7 @@ INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) { return dot_plai
 
 #if defined(__AVX512F__)
 constexpr int kMaxQuantRows = 6;
-constexpr int quant_blocks_for(int) { return 2; }
+constexpr int quant_blocks_for(int rows) { return rows == 1 ? 1 : 2; }  // 24 sums, weights and one input beside them
 #else
 constexpr int kMaxQuantRows = 2;
 constexpr int quant_blocks_for(int) { return 1; }
@@ -160,9 +160,12 @@ INLINE void quant_tile(const QuantPacked& matrix, int block, const QuantRows& x,
         for (int unit = 0; unit < kUnits; ++unit) {
             BitVec w[Blocks][kParts];
 #pragma GCC unroll 4
-            for (int b = 0; b < Blocks; ++b)
+            for (int b = 0; b < Blocks; ++b) {
+                const char* at = weights + b * block_bytes + (g * kUnits + unit) * 64;
+                __builtin_prefetch(at + Blocks * block_bytes, 0, 2);
 #pragma GCC unroll 4
-                for (int p = 0; p < kParts; ++p) w[b][p] = load_bits(weights + b * block_bytes + (g * kUnits + unit) * 64 + p * kWidth * 4);
+                for (int p = 0; p < kParts; ++p) w[b][p] = load_bits(at + p * kWidth * 4);
+            }
             if (Type == kInt8) {
 #pragma GCC unroll 8
                 for (int r = 0; r < Rows; ++r) {
