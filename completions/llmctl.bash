@@ -102,7 +102,7 @@ _llmctl() {
             case $prev in
                 --adapter|--adapter-path|--max-shard-size|--threads) values='any' ;;
                 --output|-o|--out-dir|--output-dir|--config|-c) values='file' ;;
-                --format) values='hf gguf quant word2vec' ;;
+                --format) values='hf gguf quant word2vec onnx' ;;
                 --dtype|--precision) values='float32 f32 bfloat16 bf16 float16 f16 q8_0 q4_0' ;;
                 --quant) values='int8 int4' ;;
             esac

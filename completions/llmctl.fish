@@ -278,8 +278,8 @@ complete -c llmctl -n '__llmctl_at \'eval\'' -l debug -d 'A traceback with every
 complete -c llmctl -n '__llmctl_at \'eval\'' -s h -l help -d 'Show this message and exit'
 complete -c llmctl -n '__llmctl_at \'export\'' -F
 complete -c llmctl -n '__llmctl_at \'export\'' -l adapter -l adapter-path -x -d 'LoRA adapter to merge into the model: a folder in PEFT\'s format, or a hub id'
-complete -c llmctl -n '__llmctl_at \'export\'' -l output -s o -l out-dir -l output-dir -r -F -d 'Folder (hf, quant) or file (gguf, word2vec) to make'
-complete -c llmctl -n '__llmctl_at \'export\'' -l format -x -a 'hf gguf quant word2vec' -d 'A Hugging Face directory, a GGUF file, a directory with quantised weights, or the token embeddings in word2vec\'s format'
+complete -c llmctl -n '__llmctl_at \'export\'' -l output -s o -l out-dir -l output-dir -r -F -d 'Folder (hf, quant, onnx) or file (gguf, word2vec) to make'
+complete -c llmctl -n '__llmctl_at \'export\'' -l format -x -a 'hf gguf quant word2vec onnx' -d 'A Hugging Face directory, a GGUF file, a directory with quantised weights, the token embeddings in word2vec\'s format, or an ONNX graph with cache'
 complete -c llmctl -n '__llmctl_at \'export\'' -l overwrite -d 'Replace the file if it exists; a folder that holds something is never replaced'
 complete -c llmctl -n '__llmctl_at \'export\'' -l no-overwrite -d 'The opposite of --overwrite'
 complete -c llmctl -n '__llmctl_at \'export\'' -l verify -d 'Load the result back, compare its logits with the model\'s, and print the largest difference'

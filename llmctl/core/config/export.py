@@ -24,12 +24,13 @@ class ExportConfig:
     )
     adapter: str | None = option_like(GenerateConfig, "adapter")
     output: Path | None = option(
-        None, "Folder (hf, quant) or file (gguf, word2vec) to make.", "-o", "--out-dir", "--output-dir", metavar="PATH", panel=_OUT
+        None, "Folder (hf, quant, onnx) or file (gguf, word2vec) to make.", "-o", "--out-dir", "--output-dir", metavar="PATH", panel=_OUT
     )
     format: str = option(
         "hf",
-        "A Hugging Face directory, a GGUF file, a directory with quantised weights, or the token embeddings in word2vec's format.",
-        choices=("hf", "gguf", "quant", "word2vec"),
+        "A Hugging Face directory, a GGUF file, a directory with quantised weights, the token embeddings in word2vec's format, "
+        "or an ONNX graph with cache.",
+        choices=("hf", "gguf", "quant", "word2vec", "onnx"),
         panel=_OUT,
     )
     overwrite: bool = option(False, "Replace the file if it exists; a folder that holds something is never replaced.", panel=_OUT)
@@ -59,6 +60,8 @@ class ExportConfig:
             raise UsageError(f"--dtype {self.dtype}: is a type of GGUF; add --format gguf")
         if self.dtype is not None and self.format in ("quant", "word2vec"):
             raise UsageError(f"--dtype does not go with --format {self.format}, whose numbers have one form")
+        if self.format == "onnx" and self.float_dtype not in (None, "float32"):
+            raise UsageError(f"--dtype {self.dtype}: an ONNX graph is written in float32; leave --dtype out")
         if self.quant is not None and self.format != "quant":
             raise UsageError("--quant: needs --format quant (GGUF's own types are --dtype q8_0 and q4_0)")
         if self.binary and self.format != "word2vec":

@@ -26,13 +26,15 @@ from llmctl.core.checkpoint import (
 )
 from llmctl.core.checkpoint.load import assemble
 from llmctl.core.checkpoint.quantweight import QuantWeight
+from llmctl.core.checkpoint.save import write_around
 from llmctl.core.config.export import ExportConfig, shard_bytes
 from llmctl.core.data.wordvectors import read_vectors, vector_names, write_vectors
 from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError
-from llmctl.core.export import gguf
+from llmctl.core.export import gguf, onnx
 from llmctl.core.export.events import Event, Opened, Verified, Warned, Written
 from llmctl.core.export.gguf_tokenizer import tokenizer_metadata
 from llmctl.core.export.verify import Compared, compare, logits_of, probe, read_by_transformers, read_by_us
+from llmctl.core.families import family_named
 from llmctl.core.families.gguf import family_record
 from llmctl.core.files import atomic_dir, atomic_path, check_out_dir, check_out_file, read_json, write_text
 from llmctl.core.model.facts import num_parameters
@@ -51,6 +53,8 @@ def export(config: ExportConfig) -> Iterator[Event]:
     _check_output(config)
     if config.format == "gguf":
         gguf.need_package()
+    if config.format == "onnx":
+        onnx.need_packages()
     path, adapter = resolve_adapted(config.model, config.adapter)
     if config.threads is not None:
         torch.set_num_threads(config.threads)
@@ -67,7 +71,7 @@ def export(config: ExportConfig) -> Iterator[Event]:
         check_tokenizer(tokenizer, loaded.config, where=path)
     yield Opened(path=str(path), family=loaded.family, num_parameters=num_parameters(loaded.config).total, num_format=loaded.number_format)
     job = _Job(config, config.output, loaded, tokenizer)
-    yield from {"hf": job.hf, "gguf": job.gguf, "quant": job.quant, "word2vec": job.word2vec}[config.format]()
+    yield from {"hf": job.hf, "gguf": job.gguf, "quant": job.quant, "word2vec": job.word2vec, "onnx": job.onnx}[config.format]()
 
 
 def _check_output(config: ExportConfig) -> None:
@@ -169,6 +173,26 @@ class _Job:
                 found = read_by_us(temp, self._tokens, tokenizer)
                 yield self._verified("llmctl", found, lambda name, tensor: _as_gguf(name, tensor, kind))
         yield self._written(kind)
+
+    def onnx(self) -> Iterator[Event]:
+        """A folder with an ONNX graph."""
+        loaded = self._loaded
+        onnx.check_expressible(loaded.config, family=loaded.family)
+        with atomic_dir(self._output) as temp:
+            write_around(
+                temp,
+                family=family_named(loaded.family),
+                config=loaded.config,
+                dtype=torch.float32,
+                tokenizer=self._tokenizer,
+                generation=self._generation(),
+            )
+            onnx.write(temp, loaded.model)
+            write_text(temp / "README.md", model_card(self._card("float32")))
+            if self._config.verify:
+                found = onnx.logits_by_runtime(temp, self._tokens, loaded.config)
+                yield self._verified("onnxruntime", found, lambda _, tensor: tensor)
+        yield self._written("float32")
 
     def word2vec(self) -> Iterator[Event]:
         """The token embeddings in word2vec's format."""

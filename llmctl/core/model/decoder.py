@@ -21,7 +21,7 @@ from llmctl.core.model.cache import KVCache, Place
 from llmctl.core.model.dropout import Dropout
 from llmctl.core.model.kernels import Lookup
 from llmctl.core.model.layers import Layer, Norm
-from llmctl.core.model.rope import Rope
+from llmctl.core.model.rope import Rope, inverse_frequencies
 
 
 class Positions(nn.Module):
@@ -221,6 +221,15 @@ def _rotations(config: ModelConfig) -> tuple[list[Rope], list[int | None]]:
     rotates = config.rope_layers or (True,) * config.num_layers
     local = len(ropes) - 1
     return ropes, [(0 if config.window(i) is None else local) if rotates[i] else None for i in range(config.num_layers)]
+
+
+def rotations(config: ModelConfig) -> list[tuple[Tensor, float]]:
+    """Angles per position of each pair, (R/2,), and factor, of each rotation in the model: the usual one, that of layers with a window."""
+    if config.positions != "rope":
+        return []
+    local = config.local_rope_theta
+    kinds = [config] if local is None else [config, dataclasses.replace(config, rope_theta=local, rope_scaling=None)]
+    return [inverse_frequencies(kind) for kind in kinds]
 
 
 def _look_up(tokens: Tensor, weight: Tensor) -> Tensor:
