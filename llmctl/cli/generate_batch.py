@@ -51,7 +51,8 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
         constraint = read_constraint(config, generator)
         results, num_lines = None, None
         lines: Iterator[bytes | None] | Iterator[bytes]
-        seed, drawn = config.seed, draw_seed()
+        seed = config.seed
+        drawn = draw_seed() if shard is None else 0  # shards without a seed are greedy but for rows that say otherwise: one for all
         if out_path is not None:
             from llmctl.core.infer.batch import input_facts
             from llmctl.core.infer.results import ResultFile

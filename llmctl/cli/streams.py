@@ -130,5 +130,6 @@ def decode_utf8(data: bytes, *, where: str) -> str:
     try:
         return data.removeprefix(b"\xef\xbb\xbf").decode("utf-8")
     except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(f"{where}: not valid UTF-8 at byte {error.start} (line {line})") from error
+        number = data.count(b"\n", 0, error.start) + 1
+        line = f" (line {number})" if b"\n" in data else ""
+        raise InputError(f"{where}: not valid UTF-8 at byte {error.start}{line}") from error
