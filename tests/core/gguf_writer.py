@@ -48,8 +48,18 @@ def unfused(model: transformers.PreTrainedModel) -> Iterator[tuple[str, torch.Te
             yield (f"{name}.weight" if name.endswith("experts.down_proj") else name), tensor
 
 
-def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str = "F32", extra: dict[str, Any] | None = None) -> None:
-    """Write a tiny transformers model as llama.cpp's converter does; `extra` are further tensors."""
+def write_model(
+    path: Path,
+    model: transformers.PreTrainedModel,
+    *,
+    dtype: str = "F32",
+    extra: dict[str, Any] | None = None,
+    raw: dict[str, tuple[np.ndarray, str]] | None = None,
+) -> None:
+    """Write a tiny transformers model as llama.cpp's converter does; `extra` are further tensors.
+
+    `raw` has the rows of blocks, and their type, of matrices that are quantised already, by transformers' names.
+    """
     config = model.config
     architecture = architecture_of(config)
     number = next(number for number, name in gguf.MODEL_ARCH_NAMES.items() if name == architecture)
@@ -61,9 +71,13 @@ def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str =
             continue
         if name.endswith((".attn.bias", ".attention.bias", ".masked_bias")):
             continue
-        array = _as_converted(tensor.numpy(), name, config)
-        kind = gguf.GGMLQuantizationType[dtype if array.ndim == 2 else "F32"]
-        data = gguf.quants.quantize(np.ascontiguousarray(array, dtype=np.float32), kind)
+        if raw is not None and name in raw:
+            kind = gguf.GGMLQuantizationType[raw[name][1]]
+            data = np.ascontiguousarray(_as_converted(raw[name][0], name, config))
+        else:
+            array = _as_converted(tensor.numpy(), name, config)
+            kind = gguf.GGMLQuantizationType[dtype if array.ndim == 2 else "F32"]
+            data = gguf.quants.quantize(np.ascontiguousarray(array, dtype=np.float32), kind)
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
         writer.add_tensor(theirs, data, raw_dtype=kind)
@@ -75,12 +89,12 @@ def write_model(path: Path, model: transformers.PreTrainedModel, *, dtype: str =
     writer.close()
 
 
-def blocky_model() -> transformers.LlamaForCausalLM:
-    """A Llama whose rows are whole blocks of 32."""
+def blocky_model(*, width: int = 64) -> transformers.LlamaForCausalLM:
+    """A Llama whose rows are whole blocks of 32, or of 256 when it is so wide."""
     config = transformers.LlamaConfig(
         vocab_size=97,
-        hidden_size=64,
-        intermediate_size=96,
+        hidden_size=width,
+        intermediate_size=96 if width == 64 else 2 * width,
         num_hidden_layers=2,
         num_attention_heads=4,
         num_key_value_heads=2,
@@ -164,3 +178,29 @@ def _rope_factors(config: Any) -> dict[str, np.ndarray]:
         for length in ("long", "short")
         if f"{length}_factor" in rope
     }
+
+
+_HALVES = {"Q2_K": (80, 82), "Q3_K": (108,), "Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+"""Where a block of each K-quant has its float16 scales (and minimums): ggml-common.h's block_q2_K to block_q6_K."""
+
+
+def random_blocks(num_rows: int, num_columns: int, kind: str, rng: np.random.Generator) -> np.ndarray:
+    """(num_rows, bytes a row) of a K-quant, every bit of which is used; the package cannot quantise to these types."""
+    block, num_bytes = gguf.GGML_QUANT_SIZES[gguf.GGMLQuantizationType[kind]]
+    blocks = rng.integers(0, 256, (num_rows * num_columns // block, num_bytes), dtype=np.uint8)
+    for place in _HALVES[kind]:
+        scales = rng.uniform(2e-4, 4e-4, (len(blocks), 1)).astype("<f2")
+        blocks[:, place : place + 2] = scales.view(np.uint8)
+    return blocks.reshape(num_rows, -1)
+
+
+def k_quantised_model(kinds: tuple[str, ...]) -> tuple[transformers.LlamaForCausalLM, dict[str, tuple[np.ndarray, str]]]:
+    """A Llama whose matrices hold the numbers of random blocks, of these types by turns, and the blocks by name."""
+    model, rng, raw = blocky_model(width=256), np.random.default_rng(0), {}
+    with torch.no_grad():
+        for i, (name, parameter) in enumerate((n, p) for n, p in model.named_parameters() if p.ndim == 2):
+            kind = kinds[i % len(kinds)]
+            raw[name] = random_blocks(*parameter.shape, kind, rng), kind
+            numbers = gguf.quants.dequantize(raw[name][0], gguf.GGMLQuantizationType[kind])
+            parameter.copy_(torch.from_numpy(numbers.reshape(parameter.shape).copy()))
+    return model, raw

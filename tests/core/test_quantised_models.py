@@ -16,7 +16,7 @@ from llmctl.core.model import KVCache
 from llmctl.core.model.facts import num_parameters
 from llmctl.core.quant import LAYOUTS, dequantise, layout_for, quantise
 from tests.cli.tiny_model import make_model
-from tests.core.gguf_writer import blocky_model, write_model
+from tests.core.gguf_writer import blocky_model, k_quantised_model, write_model
 from tests.core.model.families import random_tokens, reference_model
 
 SETTINGS = ["gpt2-tied", "gpt2-free-head", "llama-gqa-tied", "llama-mqa-biases", "qwen3-head-dim"]
@@ -149,6 +149,36 @@ def test_eight_bits_of_a_gguf_are_quantised_anew_to_four(tmp_path: Path) -> None
     wanted = dequantise(quantise(plain[name].numpy(), "int4", importance=importance[name]))
     assert torch.equal(held[name].numbers(), torch.from_numpy(wanted))
     assert torch.equal(held["embed.weight"].numbers(), plain["embed.weight"])
+
+
+K_QUANTS = [("Q2_K",), ("Q3_K",), ("Q4_K",), ("Q5_K",), ("Q6_K",), ("Q4_K", "Q6_K", "Q5_K")]
+
+
+@pytest.mark.parametrize("kinds", K_QUANTS, ids="-".join)
+def test_k_quants_load_with_the_numbers_of_the_gguf_package(kinds: tuple[str, ...], tmp_path: Path) -> None:
+    reference, raw = k_quantised_model(kinds)
+    write_model(tmp_path / "m.gguf", reference, raw=raw)
+    loaded, tokens = load_model(tmp_path / "m.gguf"), random_tokens(1, 40)
+    with torch.inference_mode():
+        torch.testing.assert_close(loaded.model(tokens), reference(tokens).logits, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kinds", K_QUANTS[2:], ids="-".join)
+def test_k_quants_are_quantised_anew_from_the_numbers_they_hold(kinds: tuple[str, ...], layout, tmp_path: Path) -> None:
+    reference, raw = k_quantised_model(kinds)
+    reference.save_pretrained(tmp_path / "m")
+    write_model(tmp_path / "m.gguf", reference, raw=raw)
+    held, twin = load_model(tmp_path / "m.gguf", quant=layout), plain_twin(tmp_path / "m", layout)
+    tokens = random_tokens(1, 40)
+    assert held.quant == layout
+    with torch.inference_mode():
+        torch.testing.assert_close(held.model(tokens), twin(tokens), atol=1e-5, rtol=1e-5)
+    for (name, tensor), original in zip(
+        held.model.state_dict().items(), load_model(tmp_path / "m").model.state_dict().values(), strict=True
+    ):
+        lost = float((torch.as_tensor(tensor + 0) - original).square().sum() / original.square().sum())
+        assert lost < (1e-4 if layout == "int8" or "embed" in name or "head" in name else 2e-2), name
 
 
 @pytest.fixture
