@@ -17,8 +17,17 @@ from torch import Tensor
 from llmctl.core.model.causal import causal_attention
 from llmctl.core.train.machine import keep_freed_memory
 
-SHAPES = [(64, 4, 64, 32), (16, 4, 256, 64), (16, 6, 256, 64), (8, 4, 512, 64), (4, 4, 1024, 64)]
-"""Rows, heads, tokens, head size."""
+SHAPES = [
+    ((64, 4, 64, 32), None),
+    ((16, 4, 256, 64), None),
+    ((16, 6, 256, 64), None),
+    ((8, 4, 512, 64), None),
+    ((4, 4, 1024, 64), None),
+    ((2, 4, 1024, 64), 128),
+    ((2, 4, 1024, 64), 512),
+    ((1, 4, 2048, 64), 256),
+]
+"""Rows, heads, tokens, head size; and the window, with which SDPA computes the whole square under a mask."""
 
 
 def seconds(attend: Callable[[Tensor, Tensor, Tensor], Tensor], inputs: list[Tensor], gradient: Tensor) -> float:
@@ -40,12 +49,15 @@ def main() -> None:
     dtype = torch.float32 if arguments.dtype == "f32" else torch.bfloat16
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}, medians of {arguments.rounds} rounds")
-    for shape in SHAPES:
+    for shape, window in SHAPES:
+        places = torch.arange(shape[2])
+        seen = (places[None] <= places[:, None]) & (places[None] > places[:, None] - (window or shape[2]))
+        mask = None if window is None else seen
         inputs = [torch.randn(shape).to(dtype).requires_grad_() for _ in range(3)]
         gradient = torch.randn(shape).to(dtype)
         sides: dict[str, Callable[[Tensor, Tensor, Tensor], Tensor]] = {
-            "sdpa": lambda q, k, v: F.scaled_dot_product_attention(q, k, v, is_causal=True),
-            "ours": lambda q, k, v: causal_attention(q, k, v, scale=q.shape[-1] ** -0.5),
+            "sdpa": lambda q, k, v, m=mask: F.scaled_dot_product_attention(q, k, v, attn_mask=m, is_causal=m is None),
+            "ours": lambda q, k, v, w=window: causal_attention(q, k, v, scale=q.shape[-1] ** -0.5, window=w),
         }
         times: dict[str, list[float]] = {name: [] for name in sides}
         for number in range(arguments.rounds + 1):
@@ -54,7 +66,8 @@ def main() -> None:
                 if number:  # the first warms up
                     times[name].append(elapsed)
         sdpa, ours = (statistics.median(times[name]) * 1e3 for name in ("sdpa", "ours"))
-        print(f"{shape!s:18}  SDPA {sdpa:7.2f} ms   ours {ours:7.2f} ms   {sdpa / ours:.2f} times")
+        limit = "" if window is None else f"window {window}"
+        print(f"{shape!s:18} {limit:10}  SDPA {sdpa:7.2f} ms   ours {ours:7.2f} ms   {sdpa / ours:.2f} times")
 
 
 if __name__ == "__main__":

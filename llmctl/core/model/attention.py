@@ -57,6 +57,8 @@ def attend(
     num_queries, num_keys = q.shape[2], k.shape[2]
     windowed = window is not None and window < num_keys
     if pattern.query_positions is None or (pattern.same_start == 0 and num_queries == num_keys):
+        if softcap is None and suits(q, k, window if windowed else None):
+            return causal_attention(q, k, v, scale=scale, window=window if windowed else None)
         if not windowed and softcap is None:
             return _sdpa(q, k, v, None, causal=num_queries > 1, scale=scale)
         mask = pattern.mask(num_queries, num_keys, window, q.device)
@@ -99,10 +101,6 @@ def _attend_documents(
 
 def _sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *, causal: bool, scale: float) -> Tensor:
     grouped = q.shape[1] != k.shape[1]
-    if causal and suits(q, k):
-        if grouped:
-            k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-        return causal_attention(q, k, v, scale=scale)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=causal, scale=scale, enable_gqa=grouped)
 
 

@@ -40,13 +40,14 @@ class RmsNorm(torch.autograd.Function):
         x, weight, scale = ctx.saved_tensors
         size = x.shape[-1]
         grad = grad.contiguous()
-        # not the kernel's own gradient of the weight: over thousands of rows it adds up in bf16, and is off by a tenth
-        mean, mask = torch.zeros_like(scale), [True, False, False]
-        grad_x, _, _ = torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, scale, weight.to(scale.dtype), None, mask)
+        # in bf16 not the kernel's own gradient of the weight: over thousands of rows it adds up in bf16, and is off by a tenth
+        own = x.dtype.itemsize >= 4 and ctx.needs_input_grad[1]
+        mean, mask = torch.zeros_like(scale), [True, own, False]
+        grad_x, grad_weight, _ = torch.ops.aten.native_layer_norm_backward(grad, x, [size], mean, scale, weight.to(scale.dtype), None, mask)
         # LayerNorm takes the mean of grad * weight away, since a shift of x would not change its result
         grad_x.add_((grad @ weight).unsqueeze(-1).mul_(scale).div_(size))
-        if not ctx.needs_input_grad[1]:
-            return grad_x, None, None
+        if own or not ctx.needs_input_grad[1]:
+            return grad_x, grad_weight if own else None, None
         rows = (grad * x).reshape(-1, size)
         return grad_x, torch.mv(rows.t(), scale.view(-1).to(rows.dtype)), None
 

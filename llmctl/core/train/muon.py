@@ -15,6 +15,8 @@ COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 """Of the quintic, chosen for the largest slope at 0, not for convergence to exactly 1."""
 
 _ITERATIONS = 5
+_LONG = 2
+"""Columns a row from which on the Gram matrix takes fewer operations (the two meet at 1.5)."""
 _EPS = 1e-7
 
 
@@ -23,15 +25,38 @@ def orthogonalize(matrices: Tensor, *, dtype: torch.dtype = torch.bfloat16) -> T
 
     Newton-Schulz iteration in `dtype`; the result has that dtype.
     """
-    a, b, c = COEFFICIENTS
     wide = matrices.size(-2) <= matrices.size(-1)
     x = matrices if wide else matrices.mT  # (N, min(R, C), max(R, C))
     x = (x / x.norm(dim=(-2, -1), keepdim=True).clamp(min=_EPS)).to(dtype)
+    long = x.size(-1) >= _LONG * x.size(-2) and dtype.itemsize >= 4  # the Gram matrix squares errors: too coarse in bf16
+    x = _by_gram(x) if long else _by_steps(x)
+    return x if wide else x.mT
+
+
+def _by_steps(x: Tensor) -> Tensor:
+    a, b, c = COEFFICIENTS
     for _ in range(_ITERATIONS):
         gram = torch.bmm(x, x.mT)  # (N, r, r), symmetric
         poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         x = torch.baddbmm(x, poly, x, beta=a)
-    return x if wide else x.mT
+    return x
+
+
+def _by_gram(x: Tensor) -> Tensor:
+    """The same on the Gram matrix: each step multiplies x from the left by a polynomial of it, and these commute.
+
+    2 r^2 c multiplications instead of 10 for a long x (N, r, c), and 17 r^3 instead of 5: half the time at c = 4 r.
+    """
+    a, b, c = COEFFICIENTS
+    gram, product = torch.bmm(x, x.mT), None  # (N, r, r), symmetric
+    for number in range(_ITERATIONS):
+        poly = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
+        poly.diagonal(dim1=-2, dim2=-1).add_(a)
+        product = poly if product is None else torch.bmm(poly, product)
+        if number < _ITERATIONS - 1:
+            gram = torch.bmm(torch.bmm(poly, gram), poly)
+    assert product is not None
+    return torch.bmm(product, x)
 
 
 @torch.no_grad()

@@ -4,7 +4,41 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from llmctl.core.model.attention import Pattern, attend
 from llmctl.core.model.causal import causal_attention
+
+
+@pytest.mark.parametrize(("heads", "shared"), [(6, 2), (4, 1), (3, 3)])
+@pytest.mark.parametrize("window", [None, 1, 7, 128, 200, 1000])
+def test_shared_keys_and_windows_equal_the_reference(heads: int, shared: int, window: int | None) -> None:
+    generator = torch.Generator().manual_seed(heads)
+    shapes = [(2, 300, heads, 8), (2, 300, shared, 8), (2, 300, shared, 8), (2, 300, heads, 8)]
+    tensors = [torch.randn(shape, generator=generator).transpose(1, 2) for shape in shapes]  # as the decoder makes them
+    q, k, v = (t.clone().requires_grad_() for t in tensors[:3])
+    exact = [t.double().requires_grad_() for t in tensors[:3]]
+    places = torch.arange(300)
+    seen = places[None] <= places[:, None]
+    if window is not None:
+        seen &= places[None] > places[:, None] - window
+    ours = causal_attention(q, k, v, scale=0.3, window=window)
+    reference = F.scaled_dot_product_attention(*exact, attn_mask=seen, scale=0.3, enable_gqa=True)
+    ours.backward(tensors[3])
+    reference.backward(tensors[3].double())
+    torch.testing.assert_close(ours.double(), reference, atol=2e-6, rtol=1e-5)
+    for mine, theirs in zip((q, k, v), exact, strict=True):
+        torch.testing.assert_close(mine.grad.double(), theirs.grad, atol=2e-5, rtol=1e-5)
+
+
+def test_attention_in_training_takes_it_with_windows_and_documents() -> None:
+    generator = torch.Generator().manual_seed(0)
+    q = torch.randn(2, 4, 256, 8, generator=generator)
+    k, v = torch.randn(2, 2, 256, 8, generator=generator), torch.randn(2, 2, 256, 8, generator=generator)
+    for pattern in (Pattern(), Pattern(document_lengths=((256,), (130, 126)))):
+        for window in (None, 40):
+            trained = attend(q.clone().requires_grad_(), k, v, pattern, scale=0.3, window=window)
+            with torch.no_grad():
+                plain = attend(q, k, v, pattern, scale=0.3, window=window)
+            torch.testing.assert_close(trained, plain, atol=2e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize("num_tokens", [2, 63, 64, 65, 200, 256, 257, 300, 512])

@@ -11,7 +11,7 @@ from llmctl.core.config import ModelConfig
 from llmctl.core.data.loader import Batch
 from llmctl.core.errors import InputError
 from llmctl.core.model import Decoder
-from llmctl.core.train.muon import muon_step, orthogonalize
+from llmctl.core.train.muon import COEFFICIENTS, muon_step, orthogonalize
 from llmctl.core.train.objectives import NextToken
 from llmctl.core.train.optim import MasterOptimizer, OptimConfig
 from llmctl.core.train.schedule import Schedule, lr_scale
@@ -34,6 +34,22 @@ def test_muon_equals_that_of_torch_up_to_bf16(shape: tuple[int, int]) -> None:
         moved, apart = (parameter - matrices[i]).norm(), (parameter - ours[i]).norm()
         assert apart / moved < 0.02  # bf16 keeps 8 bits, and the two sum in another order
         torch.testing.assert_close(buffers[i], optimizer.state[parameter]["momentum_buffer"])
+
+
+@pytest.mark.parametrize("shape", [(3, 16, 64), (3, 64, 16), (2, 32, 40), (2, 24, 24)])
+@pytest.mark.parametrize("rank", [None, 1, 5])
+def test_orthogonalize_in_float32_equals_the_iteration_written_out(shape: tuple[int, ...], rank: int | None) -> None:
+    """Of long matrices it goes over the Gram matrix; of ones without full rank too, as a gradient of few tokens is."""
+    generator = torch.Generator().manual_seed(0)
+    matrices = torch.randn(shape, dtype=torch.float64, generator=generator)
+    if rank is not None:
+        left, right = torch.randn(shape[0], shape[1], rank, generator=generator), torch.randn(shape[0], rank, shape[2], generator=generator)
+        matrices = (left @ right).double()
+    a, b, c = COEFFICIENTS
+    x = matrices / matrices.norm(dim=(-2, -1), keepdim=True)
+    for _ in range(5):
+        x = a * x + b * (x @ x.mT @ x) + c * (x @ x.mT @ x @ x.mT @ x)
+    torch.testing.assert_close(orthogonalize(matrices.float(), dtype=torch.float32).double(), x, rtol=0, atol=3e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 12, 30), (2, 30, 12)])
