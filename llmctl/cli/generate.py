@@ -112,6 +112,8 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         truncate=config.truncate,  # type: ignore[arg-type]  # checked by its choices
         preset=read_preset(config),
         speculate=config.speculation,
+        batch_tokens=config.token_budget,
+        kv_dtype=config.kv_dtype,  # type: ignore[arg-type]  # checked by its choices
         draft_model=config.draft_model,
     )
 

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from llmctl.core.infer.results import ResultFile
     from llmctl.core.infer.rows import BadRow, Row
 
-_LATER = ("quant", "best_of", "logprobs", "ignore_eos", "min_new_tokens")
+_LATER = ("quant", "kv_dtype", "best_of", "logprobs", "ignore_eos", "min_new_tokens")
 _NUM_TOLD = 3
 """So many failures are told on stderr; all of them stand in the errors file."""
 

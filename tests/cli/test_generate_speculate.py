@@ -61,3 +61,28 @@ def test_what_cannot_be_is_refused(llmctl: Llmctl, model: Path, tmp_path: Path) 
     result = llmctl("-m", model, "x", "--draft-model", other)
     assert (result.code, result.out) == (4, "")
     assert re.search(r"its tokenizer \(\w{12}\) is not the model's \(\w{12}\)", result.last)
+
+
+def test_budgets_and_number_formats_of_the_cache_are_checked(llmctl: Llmctl, model: Path) -> None:
+    for value in ("0", "many", "-3", "1e3"):
+        result = llmctl("-m", model, "x", f"--batch-tokens={value}")
+        assert (result.code, result.out) == (2, "")
+        assert f"--batch-tokens {value}: auto, or a number of tokens from 1 on is wanted" in result.last
+    result = llmctl("-m", model, "x", "--executor", "torch", "--kv-dtype", "int8")
+    assert result.code == 2
+    assert "--kv-dtype int8 needs the native executor" in result.last
+    rows = b'{"prompt": "abc"}\n{"prompt": "xyxyxyxyxyxyxyxyxyxyxy"}\n{"prompt": "z"}\n'
+    base = ("-m", model, "-n", 12, "--seed", 1, "--ordered", "-i", "-")
+    assert llmctl(*base, "--batch-tokens", 20, stdin=rows).out == llmctl(*base, stdin=rows).out
+
+
+@pytest.mark.skipif(not library_is_built(), reason="the native library was not built")
+def test_keys_and_values_in_fewer_bits(llmctl: Llmctl, model: Path, tmp_path: Path) -> None:
+    base = ("-m", model, "--executor", "native", "-n", 30, "--temp", 0, "abcabcabc")
+    assert "keys and values in int8" in llmctl(*base, "--kv-dtype", "int8", "--verbose").err
+    assert llmctl(*base, "--kv-dtype", "float32").out == llmctl(*base).out
+    rows = tmp_path / "rows.jsonl"
+    rows.write_text('{"prompt": "a"}\n')
+    batch = ("-m", model, "--executor", "native", "-n", 4, "--seed", 1, "-i", rows, "-o", tmp_path / "out.jsonl")
+    assert llmctl(*batch, "--kv-dtype", "int8").code == 0
+    assert llmctl(*batch).code == 4, "the texts may be others, so it is another job"

@@ -192,6 +192,12 @@ class GenerateConfig:
     )
     merge: bool = option(False, "Batch: check the shards of --output, join them into it, and stop.", panel=_BATCH)
     batch_size: int = option(8, "Texts under way at once; halved when memory is short.", "-b", minimum=1, maximum=65_536, panel=_BATCH)
+    batch_tokens: str = option(
+        "auto",
+        "Tokens of the texts under way, each counted as long as the longest may become: auto (what free memory has room for), or a number.",
+        metavar="N",
+        panel=_BATCH,
+    )
 
     device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
     dtype: str | None = option(
@@ -211,6 +217,12 @@ class GenerateConfig:
         "auto",
         "What computes: the native library, on a CPU and where it knows the model, or torch.",
         choices=("auto", "native", "torch"),
+        panel=_MACHINE,
+    )
+    kv_dtype: str | None = option(
+        None,
+        "How the native executor holds keys and values; int8 takes the least memory. [default: float32 with float32 weights, else float16]",
+        choices=("float32", "float16", "int8"),
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
@@ -281,8 +293,18 @@ class GenerateConfig:
             raise UsageError("--stop: an empty string would stop at once; give some text")
         if self.speculation == "off" and self.draft_model is not None:
             raise UsageError("--draft-model does not go with --speculate off; drop one of the two")
+        self.token_budget  # noqa: B018 (reading it checks it)
         if self.num_beams > 1:
             self._check_beams()
+
+    @property
+    def token_budget(self) -> Literal["auto"] | int:
+        """--batch-tokens as a word or a number."""
+        if self.batch_tokens == "auto":
+            return "auto"
+        if not re.fullmatch("[0-9]{1,12}", self.batch_tokens) or int(self.batch_tokens) < 1:
+            raise UsageError(f"--batch-tokens {self.batch_tokens}: auto, or a number of tokens from 1 on is wanted")
+        return int(self.batch_tokens)
 
     @property
     def speculation(self) -> Literal["auto", "off"] | int:

@@ -21,6 +21,7 @@ from llmctl.core.infer.events import Event, Failed, Request, TokenOut, Warned
 from llmctl.core.infer.executor import Executor
 from llmctl.core.infer.prefixes import MIN_SHARED, common_length
 from llmctl.core.infer.sequence import TextTokenizer, TextUnderWay
+from llmctl.core.infer.slots import Slots
 from llmctl.core.infer.speculate import Speculator
 
 
@@ -45,7 +46,8 @@ def never_stop() -> int | None:
 class Engine:
     """Generates texts with an Executor. One engine runs one stream of requests at a time.
 
-    `num_slots` texts are under way at most; when memory is short the engine halves that number, says so, and goes on.
+    `num_slots` texts are under way at most, of `batch_tokens` tokens in all, counting each as long as the longest one may
+    become; when memory is short the engine halves the number of texts, says so, and goes on.
     `chunk_tokens` bounds how many prompt tokens are fed between two rounds of decoding. `share_prefixes` copies the
     keys and values of a beginning that another text in the cache has too (a system prompt, samples of one prompt)
     instead of computing them again. `speculator` guesses tokens ahead, which changes no text.
@@ -59,23 +61,25 @@ class Engine:
         *,
         eos_ids: Iterable[int] = (),
         num_slots: int = 1,
+        batch_tokens: int | None = None,
         chunk_tokens: int = 512,
         share_prefixes: bool = True,
         speculator: Speculator | None = None,
         constrainer: Constrainer | None = None,
     ) -> None:
-        if num_slots < 1 or chunk_tokens < 1:
-            raise ValueError("num_slots and chunk_tokens must be at least 1")
+        if min(num_slots, chunk_tokens, 1 if batch_tokens is None else batch_tokens) < 1:
+            raise ValueError("num_slots, batch_tokens and chunk_tokens must be at least 1")
         self._executor, self._tokenizer, self._constrainer = executor, tokenizer, constrainer
         self._eos_ids = frozenset(eos_ids)
-        self._num_slots, self._chunk_tokens, self._share_prefixes = num_slots, chunk_tokens, share_prefixes
+        self._chunk_tokens, self._share_prefixes = chunk_tokens, share_prefixes
+        self._slots = Slots(executor, num_slots=num_slots, num_tokens=batch_tokens, share_prefixes=share_prefixes)
         self.speculator = speculator
         """Who guesses tokens, and how many came true; None when nobody does."""
         # ids beyond the tokenizer's are padding of the embedding matrix: they mean nothing and are never chosen
         self._num_choices = min(executor.vocab_size, tokenizer.vocab_size)
         self._active: dict[int, TextUnderWay] = {}  # slot -> its text
-        self._cached: list[list[int]] = [[] for _ in range(num_slots)]  # slot -> the tokens whose keys and values it holds
-        self._waiting: deque[TextUnderWay] = deque()  # put back when memory ran short; they go before new requests
+        self._waiting: deque[TextUnderWay] = deque()  # for a slot; those put back when memory ran short go first
+        self._is_full = False  # whether the first of them must wait until another text ends
 
     def run(self, requests: Iterable[Request | Failed | None], *, stop: Callable[[], int | None] = never_stop) -> Iterator[Event]:
         """Answer `requests`; a Failed among them is passed on, and None says that the next one is not there yet.
@@ -90,16 +94,18 @@ class Engine:
                 if stop() is not None:
                     yield from (text.finished("interrupted") for text in [*self._active.values(), *self._waiting])
                     return
-                while len(self._active) < self._num_slots and (self._waiting or not exhausted):
+                self._is_full = False
+                while not self._is_full and len(self._active) < self._slots.num_slots:
                     if self._waiting:
-                        yield from self._admit(self._waiting.popleft())
+                        yield from self._admit()
                         continue
-                    request = next(source, _END)
+                    request = _END if exhausted else next(source, _END)
                     if request is None:
                         break
                     if isinstance(request, _End):
                         exhausted = True
-                    elif isinstance(request, Failed):
+                        break
+                    if isinstance(request, Failed):
                         yield request
                     else:
                         yield from self._begin(request)
@@ -117,7 +123,7 @@ class Engine:
             self._waiting.clear()
 
     def _begin(self, request: Request) -> Iterator[Event]:
-        """Give a new request a slot, or say why it cannot be answered."""
+        """Let a new request wait for a slot, or say why it cannot be answered."""
         problem, constrained = self._problem(request), None
         if problem is None and request.constraint is not None:
             assert self._constrainer is not None, "requests with constraints need a Constrainer"
@@ -128,7 +134,7 @@ class Engine:
         if problem is not None:
             yield Failed(id=request.id, sample_index=request.sample_index, error=problem)
             return
-        yield from self._admit(TextUnderWay(request, self._tokenizer, eos_ids=self._eos_ids, constrained=constrained))
+        self._waiting.append(TextUnderWay(request, self._tokenizer, eos_ids=self._eos_ids, constrained=constrained))
 
     def _problem(self, request: Request) -> str | None:
         """Why a request cannot be answered, or None."""
@@ -145,20 +151,16 @@ class Engine:
             return f"{num_prompt:,} prompt tokens and {request.max_new_tokens:,} new ones exceed the model's context of {context:,}"
         return None
 
-    def _admit(self, text: TextUnderWay) -> Iterator[Event]:
-        """Give a text a slot: the free one that already holds the longest part of its beginning, else the lowest."""
-        free = [slot for slot in range(self._num_slots) if slot not in self._active]
+    def _admit(self) -> Iterator[Event]:
+        """Give the first of the waiting texts a slot, if there is one; else it goes on waiting."""
         try:
-            self._executor.reserve(num_slots=self._num_slots, capacity=text.max_length)
+            slot = self._slots.give(self._waiting[0], self._active)
         except MemoryError:
-            self._waiting.appendleft(text)
             yield self._shrink()
             return
-        shared = {slot: common_length(self._cached[slot], text.tokens) for slot in free} if self._share_prefixes else {}
-        slot = max(free, key=lambda s: (shared.get(s, 0), -s))
-        text.num_fed = min(shared.get(slot, 0), len(text.tokens) - 1)  # the last token is always fed: its logits are needed
-        del self._cached[slot][text.num_fed :]
-        self._active[slot] = text
+        self._is_full = slot is None
+        if slot is not None:
+            self._active[slot] = self._waiting.popleft()
 
     def _feed_prompts(self) -> Iterator[Event]:
         """Feed one chunk of the texts whose prompts are not in the cache yet."""
@@ -194,14 +196,9 @@ class Engine:
     def _copy_or_wait(self, slot: int, text: TextUnderWay, group: list[TextUnderWay]) -> bool:
         """Take over a cached beginning from another slot; True when the text had better wait for one being computed."""
         limit = len(text.tokens) - 1
-        best, length = max(
-            ((s, common_length(tokens, text.tokens, limit)) for s, tokens in enumerate(self._cached) if s != slot),
-            key=lambda found: found[1],
-            default=(slot, 0),
-        )
+        source, length = self._slots.longest_beginning(slot, text.tokens, limit)
         if length >= text.num_fed + MIN_SHARED or (length == limit > text.num_fed):
-            self._executor.copy_slot(best, to=slot, length=length)
-            self._cached[slot] = list(text.tokens[:length])
+            self._slots.copy(source, to=slot, length=length)
             text.num_fed = length
         return any(
             common_length(other.tokens, text.tokens, limit) >= min(limit, text.num_fed + MIN_SHARED) > text.num_fed for other in group
@@ -274,7 +271,7 @@ class Engine:
         return self._executor.step(tokens, positions, slots, lengths=lengths, all_logits=all_logits)
 
     def _note_fed(self, slot: int, text: TextUnderWay, count: int) -> None:
-        self._cached[slot].extend(text.tokens[text.num_fed : text.num_fed + count])
+        self._slots.cached[slot].extend(text.tokens[text.num_fed : text.num_fed + count])
         text.num_fed += count
 
     def _choose(
@@ -314,17 +311,13 @@ class Engine:
         """
         self._waiting.extendleft(reversed(list(self._active.values())))
         self._active.clear()
-        if self._num_slots == 1:
-            request = self._waiting.popleft().request
-            self._executor.release()
-            self._cached = [[]]
-            error = f"out of memory for one text of {len(request.prompt_ids):,} prompt tokens and up to {request.max_new_tokens:,} new ones"
-            return Failed(id=request.id, sample_index=request.sample_index, error=error)
         for text in self._waiting:
             text.num_fed = 0
-        self._executor.release()
         if self.speculator is not None:
             self.speculator.release()
-        before, self._num_slots = self._num_slots, self._num_slots // 2
-        self._cached = [[] for _ in range(self._num_slots)]
-        return Warned(message=f"not enough memory for {before} texts at once; going on with {self._num_slots}")
+        before, now = self._slots.halve()
+        if before == 1:
+            request = self._waiting.popleft().request
+            error = f"out of memory for one text of {len(request.prompt_ids):,} prompt tokens and up to {request.max_new_tokens:,} new ones"
+            return Failed(id=request.id, sample_index=request.sample_index, error=error)
+        return Warned(message=f"not enough memory for {before} texts at once; going on with {now}")

@@ -20,6 +20,7 @@ from llmctl.core.infer.defaults import merged, recommended
 from llmctl.core.infer.engine import Engine, never_stop
 from llmctl.core.infer.events import Finished, FinishReason, Request
 from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.memory import batch_tokens as fitting_tokens
 from llmctl.core.infer.opening import ExecutorKind, OpenedModel, open_model
 from llmctl.core.infer.preset import Preset
 from llmctl.core.infer.prompting import Prompt, Prompter
@@ -27,6 +28,7 @@ from llmctl.core.infer.sampler import SamplingParams
 from llmctl.core.infer.speculate import PromptLookup, Speculator
 
 if TYPE_CHECKING:
+    from llmctl.core.native.cache import CacheDtype
     from llmctl.core.tokenizer import Tokenizer
 
 
@@ -72,13 +74,16 @@ class Generator:
         preset: Preset | None = None,
         speculate: Literal["auto", "off"] | int = "auto",
         draft_model: str | Path | None = None,
+        batch_tokens: Literal["auto"] | int = "auto",
+        kv_dtype: "CacheDtype | None" = None,
     ) -> "Generator":
         """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError.
 
         `adapter`, a directory or a hub id, is merged into it; `model` may be None then (an adapter names its base), or be
         the adapter itself. Without either it is the built-in model. `speculate` says how many tokens to guess ahead: "auto"
         as many as pay, on an executor whose results do not depend on how tokens are cut into calls, or with a
-        `draft_model`; a number always so many.
+        `draft_model`; a number always so many. `num_slots` texts are under way at most, of `batch_tokens` tokens in all; "auto"
+        is what free memory has room for.
         """
         from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_adapted
 
@@ -86,7 +91,9 @@ class Generator:
         words = load_tokenizer(path, adapter=folder) if tokenizer is None else load_tokenizer(tokenizer)
         if chat_template is not None:
             words.chat_template = chat_template
-        loaded = open_model(path, device=device, dtype=dtype, quant=quant, threads=threads, executor=executor, adapter=folder)
+        loaded = open_model(
+            path, device=device, dtype=dtype, quant=quant, threads=threads, executor=executor, adapter=folder, kv_dtype=kv_dtype
+        )
         check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
         prompter = Prompter(
             words,
@@ -104,6 +111,7 @@ class Generator:
             eos_ids.add(words.eos_id)
         if prompter.uses_chat:  # many chat models name only the end of text, not the end of a turn
             eos_ids |= words.end_of_turn_ids
+        num_tokens = fitting_tokens(loaded.cache_token_bytes, loaded.device) if batch_tokens == "auto" else batch_tokens
         num_choices = min(loaded.executor.vocab_size, words.vocab_size)
         constrainer = Constrainer(words.to_json, num_choices=num_choices, eos_ids=eos_ids)
         return cls(
@@ -114,6 +122,7 @@ class Generator:
                 words,
                 eos_ids=eos_ids,
                 num_slots=num_slots,
+                batch_tokens=num_tokens,
                 speculator=_speculator(loaded, draft, speculate, num_choices=num_choices),
                 constrainer=constrainer,
             ),

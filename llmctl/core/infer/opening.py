@@ -15,10 +15,12 @@ from typing import TYPE_CHECKING, Any, Literal
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import UsageError
 from llmctl.core.infer.executor import Executor
+from llmctl.core.infer.memory import cache_token_bytes
 
 if TYPE_CHECKING:
     from llmctl.core.infer.source import Source
     from llmctl.core.infer.weightcache import CacheKey
+    from llmctl.core.native.cache import CacheDtype
     from llmctl.core.native.packed import HeldDtype, PackedModel
 
 ExecutorKind = Literal["auto", "native", "torch"]
@@ -44,6 +46,9 @@ class OpenedModel:
     """Family, number format, device and executor, for people."""
     token_cost: float
     """What one more token in a decoding call costs, about, in units of a call for one token."""
+    cache_token_bytes: int
+    """Bytes of keys and values of one token."""
+    device: str
     note: str | None = None
     """What the user should know of how it runs."""
 
@@ -57,21 +62,25 @@ def open_model(
     threads: int | None = None,
     executor: ExecutorKind = "auto",
     adapter: Path | None = None,
+    kv_dtype: "CacheDtype | None" = None,
 ) -> OpenedModel:
     """Load the model in `path` for the executor that is asked for, or the better one; any architecture that transformers knows.
 
-    `adapter` is a directory with an adapter to merge into the weights.
+    `adapter` is a directory with an adapter to merge into the weights. `kv_dtype` says how the native executor holds keys and
+    values; None is float32 beside float32 weights, else float16.
 
-    Raises NotFoundError, InputError, and UsageError when the native executor is asked for and cannot run the model.
+    Raises NotFoundError, InputError, and UsageError when the native executor is needed and cannot run the model.
     """
     why_torch = "as asked for"
     if executor != "torch":
         reason = _why_not_native(path, device=device, dtype=dtype, quant=quant)
         if reason is None:
-            return _open_native(path, dtype=dtype, quant=quant, threads=threads, adapter=adapter)
+            return _open_native(path, dtype=dtype, quant=quant, threads=threads, adapter=adapter, kv_dtype=kv_dtype)
         if executor == "native":
             raise UsageError(f"--executor native: {reason}; use --executor torch")
         why_torch = reason
+    if kv_dtype is not None:
+        raise UsageError(f"--kv-dtype {kv_dtype} needs the native executor, and torch computes here ({why_torch}); leave it out")
     return _open_torch(path, device=device, dtype=dtype, quant=quant, threads=threads, why=why_torch, adapter=adapter)
 
 
@@ -114,7 +123,13 @@ def _may_have_accelerator() -> bool:
 
 
 def _open_native(
-    path: Path, *, dtype: str | None, quant: Literal["int8", "int4"] | None, threads: int | None, adapter: Path | None
+    path: Path,
+    *,
+    dtype: str | None,
+    quant: Literal["int8", "int4"] | None,
+    threads: int | None,
+    adapter: Path | None,
+    kv_dtype: "CacheDtype | None",
 ) -> OpenedModel:
     from llmctl.core.infer import weightcache
     from llmctl.core.infer.source import open_source
@@ -142,9 +157,12 @@ def _open_native(
         packed,
         angles=(lambda num_positions: all_angles(config, num_positions)) if config.positions == "rope" else None,
         num_threads=threads,
+        cache_dtype=kv_dtype,
     )
     number_format = held if layout is None else f"{layout} in {held}"
     how = f"{executor.kernels}, {threads} thread{'s' if threads > 1 else ''}{', packed weights from the cache' if is_cached else ''}"
+    if kv_dtype is not None:
+        number_format += f" with keys and values in {kv_dtype}"
     return OpenedModel(
         executor=executor,
         kind="native",
@@ -152,6 +170,8 @@ def _open_native(
         eos_ids=source.eos_ids,
         generation=source.generation,
         token_cost=_CPU_TOKEN_COST,
+        cache_token_bytes=cache_token_bytes(config, executor.cache_dtype),
+        device="cpu",
         description=f"{source.family}, {number_format} on cpu, native ({how})",
     )
 
@@ -229,6 +249,8 @@ def _open_torch(
         eos_ids=loaded.eos_ids,
         generation=loaded.generation,
         token_cost=_CPU_TOKEN_COST if chosen.type == "cpu" else _GPU_TOKEN_COST,
+        cache_token_bytes=cache_token_bytes(loaded.config, str(loaded.model.dtype).removeprefix("torch.")),
+        device=str(chosen),
         description=f"{loaded.family}, {loaded.number_format} on {chosen}, torch ({why})",
         note=loaded.note,
     )

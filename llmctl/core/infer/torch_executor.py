@@ -33,9 +33,7 @@ class TorchExecutor:
         if old is not None and old.num_slots >= num_slots and old.capacity >= capacity:
             return
         if old is not None:
-            num_slots = max(num_slots, old.num_slots)
-            # doubling keeps the copies of a growing batch few
-            capacity = old.capacity if capacity <= old.capacity else max(capacity, min(2 * old.capacity, self.max_positions))
+            num_slots, capacity = max(num_slots, old.num_slots), max(capacity, old.capacity)
         with memory_errors():
             cache = KVCache(self._model.config, num_slots=num_slots, capacity=capacity, dtype=self._model.dtype, device=self._model.device)
             if old is not None:

@@ -101,10 +101,7 @@ class NativeExecutor:
         cache = self._cache
         if cache.num_slots >= num_slots and cache.capacity >= capacity:
             return
-        if capacity > cache.capacity:  # doubling keeps the copies of a growing batch few
-            capacity = -(-max(capacity, min(2 * cache.capacity, self.max_positions)) // LANES) * LANES
-        else:
-            capacity = cache.capacity
+        capacity = -(-max(capacity, cache.capacity) // LANES) * LANES
         cache.grow(num_slots=max(num_slots, cache.num_slots), capacity=capacity)
         cache.point(self._layers)
         self._model.cache_capacity = capacity
