@@ -30,6 +30,7 @@ LIBRARY = NATIVE / "_native.so"
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off", "-pthread")
 SOURCES: dict[str, tuple[str, ...]] = {
     "native.cpp": (),
+    "bpe.cpp": (),
     "isa_baseline.cpp": (),
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),

@@ -46,25 +46,29 @@ def test_the_tokenizer_is_that_of_tokenizers(corpus: list[str], monkeypatch: pyt
     assert "llmctl[fast]" in str(plain.trainer_reason)
 
 
-def test_what_gigatoken_does_not_know_is_left_to_tokenizers(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_what_gigatoken_does_not_know_is_left_to_tokenizers(monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gigatoken")
     assert "the text is small" in str(train([ENGLISH]).trainer_reason)
     monkeypatch.setattr(train_fast, "_SMALLEST_BYTES", 0)
     assert "--pattern gpt2" in str(train([ENGLISH], pattern="llama3", vocab_size=300).trainer_reason)
-    for texts, settings in (([ENGLISH * 3], {"vocab_size": 5000}), (corpus[:1], {"min_frequency": 2000, "vocab_size": 1500})):
-        few = train(texts, **settings)
-        assert few.trainer == "tokenizers"
-        with pytest.MonkeyPatch.context() as patch:
-            without_gigatoken(patch)
-            assert train(texts, **settings).tokenizer.to_json() == few.tokenizer.to_json()
-    assert "too few words" in str(few.trainer_reason)
+
+
+@pytest.mark.parametrize("settings", [{"vocab_size": 5000}, {"min_frequency": 2000, "vocab_size": 1500}, {"min_frequency": 1}])
+def test_an_end_before_the_vocabulary_is_full_is_the_same(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    pytest.importorskip("gigatoken")
+    monkeypatch.setattr(train_fast, "_SMALLEST_BYTES", 0)
+    texts = [ENGLISH * 3, some_text(5000, seed=2)]
+    fast = train(texts, **settings)
+    without_gigatoken(monkeypatch)
+    assert fast.trainer == "gigatoken"
+    assert fast.tokenizer.to_json() == train(texts, **settings).tokenizer.to_json()
 
 
 def test_merges_that_differ_on_a_sample_are_not_used(corpus: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
     pytest.importorskip("gigatoken")
     monkeypatch.setattr(train_fast, "_SMALLEST_BYTES", 0)
     learn = train_fast._learn
-    monkeypatch.setattr(train_fast, "_learn", lambda texts, size: learn(texts, size)[::-1])
+    monkeypatch.setattr(train_fast, "_learn", lambda *arguments: learn(*arguments)[::-1])
     result = train(corpus[:1])
     assert result.trainer == "tokenizers"
     assert "differ" in str(result.trainer_reason)

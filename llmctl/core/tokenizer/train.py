@@ -251,7 +251,7 @@ def _train_fast(texts: list[str], vocab_size: int, pattern: str, min_frequency: 
         raise FastRefusedError("it knows only GPT-2's pre-tokenisation (--pattern gpt2)")
 
     def reference(sample: Sequence[str], size: int) -> Merges:
-        merges = json.loads(_train_bpe(list(sample), size, pattern, 0).to_str())["model"]["merges"]
+        merges = json.loads(_train_bpe(list(sample), size, pattern, min_frequency).to_str())["model"]["merges"]
         return [(left, right) for left, right in merges]
 
     merges = fast_merges(texts, vocab_size, min_frequency=min_frequency, reference=reference)
