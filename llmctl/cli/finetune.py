@@ -2,6 +2,7 @@
 
 import typer
 
+from llmctl.cli.launch import start_ranks
 from llmctl.cli.options import add_command
 from llmctl.cli.pretrain import with_stored
 from llmctl.cli.shell import Shell
@@ -25,6 +26,8 @@ def run(config: FinetuneConfig, shell: Shell) -> None:
     from llmctl.cli.signals import stop_flag
     from llmctl.cli.training_view import draw
 
+    if not config.dry_run and start_ranks(config.nproc, threads=config.threads):
+        return
     config = with_stored(config, shell)
     with stop_flag() as stop:
         from llmctl.core.train.finetune import train

@@ -18,7 +18,7 @@ from llmctl.cli.options import CONTEXT_SETTINGS, debug_requested
 from llmctl.cli.shell import PROGRAM, stderr_line
 from llmctl.cli.signals import die_by
 from llmctl.cli.streams import STDOUT_NAME, ReaderGone, name_stdout, out, silence_stdout, stdout_failure
-from llmctl.core.errors import Interrupted, LlmctlError, WriteError, is_write_failure
+from llmctl.core.errors import Interrupted, LlmctlError, LostRankError, WriteError, is_write_failure
 
 EXIT_CODES = """\
 Exit codes: 0 done · 1 failed · 2 usage or config error, nothing was created · 3 finished, some records failed ·
@@ -120,18 +120,33 @@ def _report(error: BaseException) -> int:
 
         stderr_line(redact("".join(traceback.format_exception(error)).rstrip()))
     if isinstance(error, KeyboardInterrupt | typer.Abort):
-        stderr_line(f"{PROGRAM}: error: interrupted")
+        _last_line("error: interrupted", exit_code=128 + signal.SIGINT)
         return _end_by(signal.SIGINT)
     if isinstance(error, Interrupted):
-        stderr_line(f"{PROGRAM}: {error}")
+        _last_line(str(error), exit_code=error.exit_code)
         return _end_by(error.signal_number)
     if isinstance(error, typer.Exit):
         return error.exit_code
     message, code = describe(error)
     if isinstance(error, WriteError):
         silence_stdout()
-    stderr_line(f"{PROGRAM}: error: {redact(message)}")
+    _last_line(f"error: {redact(message)}", exit_code=code, lost=isinstance(error, LostRankError))
     return code
+
+
+def _last_line(text: str, *, exit_code: int, lost: bool = False) -> None:
+    """The line that says why the program ends. Of several ranks, the first or the launcher writes it for all."""
+    import os
+
+    from llmctl.core.distributed import leave_last_words, place_of
+
+    place = place_of(os.environ)
+    if leave_last_words(text.removeprefix("error: "), exit_code=exit_code, lost=lost):
+        return
+    if place.is_main:
+        stderr_line(f"{PROGRAM}: {text}")
+    elif text.startswith("error: "):
+        stderr_line(f"{PROGRAM}: error: rank {place.rank}: {text.removeprefix('error: ')}")
 
 
 def describe(error: BaseException) -> tuple[str, int]:

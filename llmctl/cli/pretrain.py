@@ -5,6 +5,7 @@ from typing import Any
 
 import typer
 
+from llmctl.cli.launch import start_ranks
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig
@@ -32,6 +33,8 @@ def run(config: PretrainConfig, shell: Shell) -> None:
     from llmctl.cli.signals import stop_flag
     from llmctl.cli.training_view import draw
 
+    if not config.dry_run and start_ranks(config.nproc, threads=config.threads):
+        return
     config = with_stored(config, shell)
     with stop_flag() as stop:
         from llmctl.core.train.pretrain import train

@@ -2,6 +2,7 @@
 
 import json
 import math
+import os
 import sys
 from collections.abc import Iterable
 from dataclasses import asdict
@@ -12,12 +13,14 @@ from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
 from llmctl.core.config.finetune import FinetuneConfig
 from llmctl.core.config.pretrain import PretrainConfig
+from llmctl.core.distributed import place_of
 from llmctl.core.train.events import (
     CheckpointSaved,
     EvalDone,
     Event,
     Finished,
     Planned,
+    PlannedElsewhere,
     Profiled,
     Resumed,
     RowsRead,
@@ -28,11 +31,18 @@ from llmctl.core.train.events import (
 
 
 def draw(events: Iterable[Event], shell: Shell, config: PretrainConfig | FinetuneConfig) -> None:
-    """Drain `events`, showing each as `shell` wants it, and giving its numbers to the trackers of --log."""
+    """Drain `events`, showing each as `shell` wants it, and giving its numbers to the trackers of --log.
+
+    Of several ranks, only the first shows and gives anything.
+    """
+    if not place_of(os.environ).is_main:
+        for _ in events:
+            pass
+        return
     from llmctl.core.train.trackers import tracked
 
     view: View
-    if shell.live:
+    if shell.live and not config.dry_run:
         from llmctl.cli.training_panel import LivePanel
 
         view = LivePanel(shell)
@@ -97,6 +107,30 @@ def _trained(plan: Planned) -> str:
     if plan.num_trained == plan.num_parameters:
         return ""
     return f"; adapters of {plan.num_trained:,} ({plan.num_trained / plan.num_parameters:.2%}) are trained"
+
+
+def elsewhere_lines(plan: PlannedElsewhere) -> list[str]:
+    """A plan for other machines as text."""
+    held = ", ".join(
+        f"{what} {num_bytes(size)}"
+        for what, size in (
+            ("weights", plan.weight_bytes),
+            ("gradients", plan.gradient_bytes),
+            ("optimizer", plan.optimizer_bytes),
+            ("activations", plan.activation_bytes),
+            ("gathered weights and runtime", plan.other_bytes),
+        )
+    )
+    verdict = (
+        "" if plan.fits else ": DOES NOT FIT; more fsdp or tp in --mesh, --gradient-checkpointing or a smaller --micro-batch-size may do"
+    )
+    return [
+        f"machines   {plan.gpus}, {plan.mesh}",
+        f"memory     {num_bytes(plan.memory_bytes)} of {num_bytes(plan.gpu_memory_bytes)} each{verdict} ({held})",
+        f"step       {plan.step_s:.3g} s: {plan.compute_s:.3g} computing, {plan.waiting_s:.3g} waiting for other processes"
+        f" (of {plan.communication_s:.3g} communication); {plan.tokens_per_second:,.0f} tokens/s, {plan.peak_share:.0%} of the peak",
+        f"time       about {duration(plan.total_s)} for {counted(plan.num_steps, 'step')}",
+    ]
 
 
 def _every(steps: int, zero: str = "at the end") -> str:
@@ -183,6 +217,9 @@ class _LineView:
         if isinstance(event, Planned):
             self._num_steps = event.num_steps
             for line in plan_lines(event):
+                self._shell.note(line)
+        elif isinstance(event, PlannedElsewhere):
+            for line in elsewhere_lines(event):
                 self._shell.note(line)
         elif isinstance(event, StepDone):
             if event.step % self._log_every == 0 or event.step in (1, self._num_steps) or event.skipped:

@@ -61,6 +61,10 @@ class LockedError(LlmctlError):
     exit_code = 11
 
 
+class LostRankError(LlmctlError):
+    """Another process of the same job is gone, silent or cannot be reached. Exit 1."""
+
+
 class PartialFailure(LlmctlError):
     """The job finished, but some records failed; the message names the file that lists them. Exit 3."""
 
@@ -77,6 +81,11 @@ class Interrupted(LlmctlError):
         super().__init__(message)
         self.signal_number = signal_number
         self.exit_code = 128 + signal_number
+
+
+def first_line(error: BaseException) -> str:
+    """The first line of an error's text: other libraries add stack frames and hints below."""
+    return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 _FULL = {errno.ENOSPC: "no space left", errno.EDQUOT: "disk quota exceeded", errno.EFBIG: "file size limit reached"}

@@ -24,26 +24,36 @@ State = Literal["running", "interrupted", "failed", "done"]
 class RunFolder:
     """A run folder that this process holds. `close` gives the lock back."""
 
-    def __init__(self, path: Path, *, fresh: bool) -> None:
+    def __init__(self, path: Path, *, fresh: bool, writes: bool = True) -> None:
         """Create or enter the folder and take its lock.
 
         `fresh` wants a folder that is new or empty. Raises UsageError for one that is not, LockedError when another run
-        holds it. Nothing is created before the checks.
+        holds it. Nothing is created before the checks. Without `writes` (another process of the same run holds the
+        folder) nothing is checked, and what would be written is dropped.
         """
         self.path = Path(path)
+        self._lock: FileLock | None = None
+        self._metrics: Metrics | None = None
+        self._writes = writes
+        if not writes:
+            return
         check_out_dir(self.path)
         held_names = set(os.listdir(self.path)) if self.path.is_dir() else set()
         if held_names and LOCK_NAME not in held_names and fresh:
             raise UsageError(f"--out-dir {self.path}: the folder is not empty and not a run; choose a new one")
         self.path.mkdir(exist_ok=True)
         self._lock = FileLock(self.path / LOCK_NAME)
-        self._metrics: Metrics | None = None
         if fresh and self.is_used:
             self._lock.release()
             raise UsageError(
                 f"--out-dir {self.path}: a run is there already; go on with it by --resume (or --auto-resume), or choose another folder"
             )
         remove_temporaries(self.path)
+
+    @property
+    def writes(self) -> bool:
+        """Whether this process holds the folder; what another one would write is dropped."""
+        return self._writes
 
     @property
     def is_used(self) -> bool:
@@ -64,11 +74,13 @@ class RunFolder:
     def metrics(self) -> "Metrics":
         """The run's metrics.jsonl, opened for appending at first use."""
         if self._metrics is None:
-            self._metrics = Metrics(self.path / METRICS_NAME)
+            self._metrics = Metrics(self.path / METRICS_NAME, writes=self._writes)
         return self._metrics
 
     def store_config(self, text: str) -> None:
         """Keep the resolved settings, as TOML."""
+        if not self._writes:
+            return
         write_text(self.path / CONFIG_NAME, text)
 
     def store_plan(self, plan: Mapping[str, Any], *, machine: Mapping[str, Any]) -> None:
@@ -77,6 +89,8 @@ class RunFolder:
 
     def set_status(self, state: State, *, step: int, num_steps: int, message: str | None = None) -> None:
         """Say where the run stands."""
+        if not self._writes:
+            return
         status = {
             "state": state,
             "step": step,
@@ -100,7 +114,8 @@ class RunFolder:
         """Close the metrics and give the lock back."""
         if self._metrics is not None:
             self._metrics.close()
-        self._lock.release()
+        if self._lock is not None:
+            self._lock.release()
 
 
 class Metrics:
@@ -109,14 +124,17 @@ class Metrics:
     `trouble` holds the first reason why lines could not be written, until somebody takes it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, *, writes: bool = True) -> None:
         self.path = path
+        self._writes = writes
         self.trouble: str | None = None
         self._told = False
         self._fd = -1
 
     def append(self, line: Mapping[str, Any]) -> None:
         """Add a line. Numbers that are not finite are written as null."""
+        if not self._writes:
+            return
         data = (json.dumps(_finite(line), ensure_ascii=False) + "\n").encode()
         try:
             if self._fd >= 0 and os.fstat(self._fd).st_nlink == 0:
@@ -155,7 +173,7 @@ class Metrics:
 
     def truncate_after(self, step: int) -> None:
         """Drop the lines of steps beyond `step`, and torn or foreign ones, so that a resumed run logs each step once."""
-        if not self.path.is_file():
+        if not self._writes or not self.path.is_file():
             return
         self.close()
         lines = list(self.path.read_bytes().splitlines(keepends=True))

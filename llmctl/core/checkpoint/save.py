@@ -1,6 +1,7 @@
 """Writing a model directory that transformers loads. Knows families and tensors."""
 
 import json
+import math
 import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -14,6 +15,7 @@ from llmctl.core.checkpoint.folder import ADAPTER_CONFIG, and_more, bindings_of,
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, write_error
 from llmctl.core.families import Family, family_named
+from llmctl.core.families.base import Binding
 from llmctl.core.files import write_json
 from llmctl.core.model.decoder import sinusoidal_table
 from llmctl.core.model.facts import tensor_shapes
@@ -59,15 +61,23 @@ def save_model(
     tokenizer: "Tokenizer | None" = None,
     generation: Mapping[str, Any] | None = None,
     max_shard_bytes: int = MAX_SHARD_BYTES,
+    share: tuple[int, int] = (0, 1),
 ) -> None:
     """Write a model directory that transformers loads: config, weights, generation config, tokenizer.
 
     `tensors` have the decoder's names; `dtype` None keeps that of the embeddings. `directory` exists and is usually a
     temporary one that the caller renames: nothing here is atomic or fsynced. Raises WriteError when the disk is full.
+
+    `share` (rank, ranks): several processes call it together, and each writes some of the weight files. They look up all
+    of `tensors` in the same order, so that a look-up may gather a tensor from them all; none holds more than a file.
     """
     record = family_named(family)
     dtype = tensors["embed.weight"].dtype if dtype is None else dtype
-    write_around(directory, family=record, config=config, dtype=dtype, tokenizer=tokenizer, generation=generation)
+    if share[0] == 0:
+        write_around(directory, family=record, config=config, dtype=dtype, tokenizer=tokenizer, generation=generation)
+    if share[1] > 1:
+        _write_share(directory, config, record, tensors, dtype, max_shard_bytes, share)
+        return
     write_weights(directory, hf_tensors(config, record, tensors, dtype=dtype), max_shard_bytes)
 
 
@@ -139,6 +149,52 @@ def _special_ids(tokenizer: "Tokenizer | None", generation: Mapping[str, Any]) -
     return bos, eos, tokenizer.pad_id if tokenizer.pad_id is not None else first["pad"]
 
 
+def _write_share(
+    directory: Path,
+    config: ModelConfig,
+    family: Family,
+    tensors: Mapping[str, Tensor],
+    dtype: torch.dtype,
+    max_shard_bytes: int,
+    share: tuple[int, int],
+) -> None:
+    """The weight files number rank, rank + ranks, ...; and on rank 0 the index. What is in which file follows from shapes."""
+    rank, ranks = share
+    bindings = bindings_of(family, config)
+    sizes = [sum(math.prod(shape) for shape in binding.our_shapes) * dtype.itemsize for binding in bindings]
+    limit = min(max_shard_bytes, -(-sum(sizes) // ranks))
+    files: list[list[Binding]] = [[]]
+    filled = 0
+    for binding, num_bytes in zip(bindings, sizes, strict=True):
+        if files[-1] and filled + num_bytes > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(binding)
+        filled += num_bytes
+    names = _file_names(len(files))
+    for number, (name, members) in enumerate(zip(names, files, strict=True)):
+        held = {}
+        for binding in members:
+            ours = [_tensor_of(our_name, tensors, config) for our_name in binding.ours]
+            if number % ranks == rank:
+                held[binding.theirs] = binding.rule.to_theirs(ours).to(device="cpu", dtype=dtype).contiguous()
+        if held:
+            write_file(directory / name, held)
+    if rank == 0 and len(files) > 1:
+        table = {binding.theirs: name for name, members in zip(names, files, strict=True) for binding in members}
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": sum(sizes)}, "weight_map": table})
+
+
+def _tensor_of(name: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor:
+    if name == "positions.weight" and config.positions == "sinusoidal":
+        return sinusoidal_table(config.max_positions, config.hidden_size)
+    return tensors[name].detach()
+
+
+def _file_names(count: int) -> list[str]:
+    return [SINGLE_NAME] if count == 1 else [f"model-{i + 1:05}-of-{count:05}.safetensors" for i in range(count)]
+
+
 def write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: int) -> None:
     shards: list[dict[str, Tensor]] = [{}]
     filled = 0
@@ -149,7 +205,7 @@ def write_weights(directory: Path, tensors: dict[str, Tensor], max_shard_bytes: 
             filled = 0
         shards[-1][name] = tensor
         filled += num_bytes
-    names = [SINGLE_NAME] if len(shards) == 1 else [f"model-{i + 1:05}-of-{len(shards):05}.safetensors" for i in range(len(shards))]
+    names = _file_names(len(shards))
     for name, shard in zip(names, shards, strict=True):
         write_file(directory / name, shard)
     if len(shards) > 1:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, flag_of, option, option_like, options_of
+from llmctl.core.config.mesh import parse_mesh
 from llmctl.core.config.pretrain import PretrainConfig, seconds, skips_allowed
 from llmctl.core.errors import UsageError
 
@@ -121,10 +122,15 @@ class FinetuneConfig:
     nonfinite: str = option_like(PretrainConfig, "nonfinite")
     on_full: str = option_like(PretrainConfig, "on_full")
     dry_run: bool = option_like(PretrainConfig, "dry_run")
+    plan_for: str | None = option_like(PretrainConfig, "plan_for")
 
     device: str = option_like(PretrainConfig, "device")
     dtype: str = option_like(PretrainConfig, "dtype")
     threads: int | None = option_like(PretrainConfig, "threads")
+    nproc: int | None = option_like(PretrainConfig, "nproc")
+    mesh: str | None = option_like(PretrainConfig, "mesh")
+    offload: bool = option_like(PretrainConfig, "offload")
+    rank_timeout: float = option_like(PretrainConfig, "rank_timeout")
 
     def __post_init__(self) -> None:
         check_fields(self)
@@ -145,6 +151,13 @@ class FinetuneConfig:
             raise UsageError(f"--micro-batch-size {self.micro_batch_size} does not divide --batch-size {self.batch_size}")
         if sum((self.resume, self.auto_resume, self.resume_from is not None)) > 1:
             raise UsageError("--resume, --resume-from and --auto-resume: give one of them")
+        if self.plan_for is not None and not self.dry_run:
+            raise UsageError("--plan-for: a plan for other machines; give --dry-run with it")
+        mesh = parse_mesh(self.mesh, num_processes=self.nproc)
+        if self.offload and not mesh.shards:
+            raise UsageError("--offload: give a --mesh with fsdp, whose parts of the model can wait in the CPU's memory")
+        if self.method == "lora" and mesh.shards:
+            raise UsageError(f"--mesh {self.mesh}: adapters are trained on whole copies of the model; use dp alone with --method lora")
         if self.max_time is not None:
             seconds(self.max_time, flag="--max-time")
         skips_allowed(self.nonfinite)

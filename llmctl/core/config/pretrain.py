@@ -4,13 +4,27 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, option
+from llmctl.core.config.mesh import parse_mesh
 from llmctl.core.config.mixture import parse_mixture
 from llmctl.core.errors import UsageError
 
 _MODEL, _BUDGET, _OPTIM, _RUN, _MACHINE = "Model and data", "Budget", "Optimizer", "Run folder and resume", "Machine"
 _WATCH = "Watching"
 
-RESUME_ONLY = ("resume", "resume_from", "auto_resume", "allow_change", "dry_run", "report", "report_file")
+RESUME_ONLY = (
+    "resume",
+    "resume_from",
+    "auto_resume",
+    "allow_change",
+    "dry_run",
+    "plan_for",
+    "report",
+    "report_file",
+    "nproc",
+    "mesh",
+    "offload",
+    "rank_timeout",
+)
 """Settings of one invocation rather than of the run: a run's stored config leaves them out."""
 
 
@@ -133,6 +147,9 @@ class PretrainConfig:
         "fail", "When the disk is full at a save: fail, or wait for room and try again.", choices=("fail", "wait"), panel=_RUN
     )
     dry_run: bool = option(False, "Show the plan and stop before the first step.", panel=_RUN)
+    plan_for: str | None = option(
+        None, "With --dry-run: memory and time on machines you do not have, as 8xH100, arranged by --mesh.", metavar="GPUS", panel=_RUN
+    )
     log: tuple[str, ...] = option(
         (),
         "Give the run's numbers to this as well; repeatable. codecarbon measures energy. Each is an extra: llmctl[NAME].",
@@ -160,6 +177,24 @@ class PretrainConfig:
     profile: bool = option(False, "Write where the time of a step goes into profile.json, and tell it at the end.", panel=_MACHINE)
     threads: int | None = option(None, "CPU threads. [default: as torch chooses]", minimum=1, maximum=1024, panel=_MACHINE)
 
+    nproc: int | None = option(
+        None,
+        "Processes of this machine to train with, one a GPU; torchrun starts them on several. [default: 1]",
+        minimum=1,
+        maximum=1024,
+        panel=_MACHINE,
+    )
+    mesh: str | None = option(
+        None,
+        "How the processes share the work: dp=2,fsdp=4,tp=1 is two copies of the model, each spread over four. [default: dp alone]",
+        metavar="SHAPE",
+        panel=_MACHINE,
+    )
+    offload: bool = option(False, "With fsdp: keep masters and optimizer in the CPU's memory, not the GPU's.", panel=_MACHINE)
+    rank_timeout: float = option(
+        25.0, "Seconds that a process waits for another in a step before it gives up.", metavar="SECONDS", above=0, panel=_MACHINE
+    )
+
     def __post_init__(self) -> None:
         if isinstance(self.data, str | Path):  # one folder, from Python
             object.__setattr__(self, "data", (Path(self.data),))
@@ -179,6 +214,11 @@ class PretrainConfig:
             raise UsageError("--resume, --resume-from and --auto-resume: give one of them")
         if self.report_file is not None and not self.report:
             raise UsageError("--report-file does not go without --report RUN")
+        if self.plan_for is not None and not self.dry_run:
+            raise UsageError("--plan-for: a plan for other machines; give --dry-run with it")
+        mesh = parse_mesh(self.mesh, num_processes=self.nproc)
+        if self.offload and not mesh.shards:
+            raise UsageError("--offload: give a --mesh with fsdp, whose parts of the model can wait in the CPU's memory")
         if self.max_time is not None:
             seconds(self.max_time, flag="--max-time")
         skips_allowed(self.nonfinite)

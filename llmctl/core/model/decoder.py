@@ -8,7 +8,7 @@ matrices one by one: Muon orthogonalises each, and adapters and quantisers name 
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -116,18 +116,10 @@ class Decoder(nn.Module):
         With `scale_residual_init` the two matrices that write into the residual stream get a std divided by
         sqrt(2 * num_layers) (Radford et al. 2019). The order of drawing is that of `named_parameters`.
         """
-        std = self.config.initializer_range
-        residual_std = std / math.sqrt(2 * self.config.num_layers) if self.config.scale_residual_init else std
         with torch.no_grad():
             for name, parameter in self.named_parameters():
-                if name.endswith((".o.weight", ".down.weight")):
-                    parameter.normal_(std=residual_std, generator=generator)
-                elif name.endswith("norm.weight"):
-                    parameter.fill_(0.0 if self.config.norm_plus_one else 1.0)
-                elif name.endswith("bias"):
-                    parameter.zero_()
-                elif name != "positions.weight":
-                    parameter.normal_(std=std, generator=generator)
+                if name != "positions.weight":
+                    _init(name, parameter, self.config, generator)
         if self.positions is not None:
             self.positions.init_weights(self.config, generator)
 
@@ -209,6 +201,27 @@ class Decoder(nn.Module):
     ) -> Tensor:
         """Logits (B, T, V) of `tokens` (B, T); see `hidden`."""
         return self.logits(self.hidden(tokens, positions=positions, cache=cache, slots=slots, document_lengths=document_lengths))
+
+
+def drawn_weights(config: ModelConfig, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+    """What `init_weights` fills in, a float32 tensor at a time, for a model that is never whole in one place."""
+    with torch.device("meta"):
+        shapes = {name: parameter.shape for name, parameter in Decoder(config).named_parameters()}
+    learned = shapes.pop("positions.weight", None)
+    for name, shape in shapes.items():
+        yield name, _init(name, torch.empty(shape), config, generator)
+    if learned is not None:
+        yield "positions.weight", torch.empty(learned).normal_(std=config.initializer_range, generator=generator)
+
+
+def _init(name: str, tensor: Tensor, config: ModelConfig, generator: torch.Generator | None) -> Tensor:
+    """Fill one tensor; see Decoder.init_weights."""
+    std = config.initializer_range
+    if name.endswith((".o.weight", ".down.weight")):
+        return tensor.normal_(std=std / math.sqrt(2 * config.num_layers) if config.scale_residual_init else std, generator=generator)
+    if name.endswith("norm.weight"):
+        return tensor.fill_(0.0 if config.norm_plus_one else 1.0)
+    return tensor.zero_() if name.endswith("bias") else tensor.normal_(std=std, generator=generator)
 
 
 def _rotations(config: ModelConfig) -> tuple[list[Rope], list[int | None]]:

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from llmctl.core.data.loader import IGNORE, SampleSource, batch_at
+from llmctl.core.distributed.ranks import Ranks
 from llmctl.core.model import Decoder
 from llmctl.core.train.objectives import token_losses
 
@@ -41,24 +42,35 @@ class Stopped(Exception):
 
 
 @torch.no_grad()
-def evaluate(model: Decoder, held_out: HeldOut, *, max_tokens: int, stop: Callable[[], int | None]) -> HeldOutLoss:
+def evaluate(
+    model: Decoder, held_out: HeldOut, *, max_tokens: int, stop: Callable[[], int | None], ranks: Ranks | None = None
+) -> HeldOutLoss:
     """Evaluate on whole samples from the first on, until all are done or `max_tokens` are reached (one sample at least).
 
-    Sums are float64. Raises Stopped when `stop` gives a signal between batches.
+    Sums are float64. The ranks take batches in turn and add up in the order of batches, so that any number of them gives
+    the same numbers. Raises Stopped when `stop`, on which they agree, gives a signal between batches.
     """
-    started = time.perf_counter()
-    total, num_tokens, num_bytes = 0.0, 0, 0
-    for first, rows in _spans(held_out, max_tokens):
+    started, ranks = time.perf_counter(), ranks or Ranks()
+    spans = list(_spans(held_out, max_tokens))
+    found = torch.zeros(len(spans), 3, dtype=torch.float64)  # sum of losses, tokens, bytes of each batch
+    for start in range(0, len(spans), ranks.data_size):
         if stop() is not None:
             raise Stopped
+        number = start + ranks.data_rank
+        first, rows = spans[min(number, len(spans) - 1)]  # one with nothing left must still help where a model is spread
         batch = batch_at(held_out.source, first, rows)
         targets = batch.targets.to(model.device)
         hidden = model.hidden(batch.tokens.to(model.device), document_lengths=batch.document_lengths)
-        total += float(token_losses(model, hidden, targets).double().sum())
+        loss = token_losses(model, hidden, targets).double().sum()
+        if number >= len(spans):
+            continue
+        found[number, 0] = loss
         counted = batch.targets[batch.targets != IGNORE]
-        num_tokens += counted.numel()
+        found[number, 1] = counted.numel()
         if held_out.token_bytes is not None:
-            num_bytes += int(held_out.token_bytes[counted].sum())
+            found[number, 2] = held_out.token_bytes[counted].sum()
+    losses, tokens, sizes = ranks.sum(found).T.tolist()
+    total, num_tokens, num_bytes = sum(losses), int(sum(tokens)), int(sum(sizes))
     bits = total / math.log(2) / num_bytes if num_bytes else None
     return HeldOutLoss(
         total / max(1, num_tokens),

@@ -45,6 +45,34 @@ class Planned:
 
 
 @dataclass(frozen=True, kw_only=True)
+class PlannedElsewhere:
+    """What the run would take on machines one does not have, by the cost model of cluster.py. Bytes are of one process."""
+
+    gpus: str
+    """As "8xH100"."""
+    mesh: str
+    fits: bool
+    gpu_memory_bytes: float
+    memory_bytes: float
+    weight_bytes: float
+    gradient_bytes: float
+    optimizer_bytes: float
+    activation_bytes: float
+    other_bytes: float
+    """What is gathered or on its way, and the runtime's own."""
+    step_s: float
+    compute_s: float
+    communication_s: float
+    waiting_s: float
+    """The part of the communication that nothing hides."""
+    tokens_per_second: float
+    peak_share: float
+    """FLOP/s of the model's arithmetic, as a part of the published peak."""
+    num_steps: int
+    total_s: float
+
+
+@dataclass(frozen=True, kw_only=True)
 class RowsReading:
     """Supervised rows are being read; so many were until now."""
 
@@ -177,4 +205,17 @@ class Finished:
     path: str
 
 
-Event = Planned | RowsReading | RowsRead | Resumed | StepDone | EvalDone | SampleDrawn | CheckpointSaved | Profiled | Warned | Finished
+Event = (
+    Planned
+    | PlannedElsewhere
+    | RowsReading
+    | RowsRead
+    | Resumed
+    | StepDone
+    | EvalDone
+    | SampleDrawn
+    | CheckpointSaved
+    | Profiled
+    | Warned
+    | Finished
+)

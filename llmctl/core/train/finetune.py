@@ -201,7 +201,7 @@ class _Finetune:
         config, base, prepared = self._config, self._base, self.prepared
         architecture, tokenizer, family = base.architecture, self._saved_tokenizer, base.loaded.family
         generation = {**base.loaded.generation, "eos_token_id": list(_end_ids(tokenizer, base.loaded.eos_ids))}
-        if self.bad_rows:
+        if self.bad_rows and run.writes:
             _list_skipped(run.path / SKIPPED_NAME, self.bad_rows)
         torch.manual_seed(config.seed)
         shaping = SHAPING if self._adapters is None else (*SHAPING, *LORA_SHAPING)
@@ -219,7 +219,8 @@ class _Finetune:
         output: Output
         objective: Objective = NextToken()
         if self._adapters is None:
-            model = grown(base.loaded.model.float(), architecture).to(where.device)
+            model = grown(base.loaded.model.float(), architecture)
+            model = model if where.mesh.shards else model.to(where.device)
             output = WholeModel(config=architecture, family=family, tokenizer=tokenizer, generation=generation, card=card)
         else:
             model = base.loaded.model.to(where.device, where.dtype)

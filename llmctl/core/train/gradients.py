@@ -6,12 +6,14 @@ import torch
 from torch import Tensor
 
 from llmctl.core.data.loader import Batch
-from llmctl.core.distributed import world_size
+from llmctl.core.distributed.ranks import Ranks
 from llmctl.core.errors import LlmctlError
-from llmctl.core.model import Decoder
+from llmctl.core.train.job import largest_part
 from llmctl.core.train.objectives import Objective
 from llmctl.core.train.optim import MasterOptimizer
+from llmctl.core.train.parallel import Parallel
 from llmctl.core.train.profile import Profile
+from llmctl.core.train.sharded import ShardedOptimizer
 
 _CPU_SAYS = ("can't allocate memory", "not enough memory", "cannot allocate memory")
 """How torch's allocator on a CPU, which raises a plain RuntimeError, says that memory is out."""
@@ -26,16 +28,17 @@ class Gradients:
 
     def __init__(
         self,
-        model: Decoder,
+        parallel: Parallel,
         objective: Objective,
-        optimizer: MasterOptimizer,
+        optimizer: MasterOptimizer | ShardedOptimizer,
         *,
+        ranks: Ranks,
         device: torch.device,
         micro_batch_size: int,
         profile: Profile,
     ) -> None:
         self.micro_batch_size = micro_batch_size
-        self._model, self._objective, self._optimizer = model, objective, optimizer
+        self._parallel, self._objective, self._optimizer, self._ranks = parallel, objective, optimizer, ranks
         self._device, self._profile = device, profile
         self._notice: str | None = None
 
@@ -62,7 +65,7 @@ class Gradients:
         size = min(self.micro_batch_size, batch.tokens.size(0))
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
-        if size == 1 or world_size() > 1:
+        if size == 1 or self._ranks.size > 1:
             means = "one sequence at a time" if size == 1 else f"micro-batches of {size}, and one of several ranks cannot go on with less"
             raise LlmctlError(
                 f"out of memory with {means} ({reason}); give --gradient-checkpointing, a smaller --micro-batch-size or a shorter --seq-len"
@@ -74,23 +77,25 @@ class Gradients:
         )
 
     def _over(self, batch: Batch, stop: Callable[[], int | None]) -> tuple[Tensor, int] | None:
-        size, rows = self.micro_batch_size, batch.tokens.size(0)
+        rows = batch.tokens.size(0)
+        size = largest_part(rows, self.micro_batch_size)
         with self._profile.phase("data"):
             parts = [_rows_of(batch, start, min(rows, start + size), self._device) for start in range(0, rows, size)]
-            total_weight = sum(self._objective.weight_of(part) for part in parts)
+            total_weight = self._ranks.total(sum(self._objective.weight_of(part) for part in parts))
         self._optimizer.zero_gradients()
         loss: Tensor | None = None
         for part in parts:
             if stop() is not None:
                 return None
-            with self._profile.phase("forward"):
-                part_loss = self._objective.loss(self._model, part, total_weight=max(1.0, total_weight))
-            with self._profile.phase("backward"):
-                part_loss.backward()  # type: ignore[no-untyped-call]
-                self._optimizer.collect()
+            with self._parallel.micro_batch(last=part is parts[-1]):
+                with self._profile.phase("forward"):
+                    part_loss = self._parallel.loss(part, total_weight=max(1.0, total_weight))
+                with self._profile.phase("backward"):
+                    part_loss.backward()  # type: ignore[no-untyped-call]
+            self._optimizer.collect()
             loss = part_loss.detach() if loss is None else loss + part_loss.detach()
         assert loss is not None
-        return loss, int(total_weight)
+        return self._ranks.sum(loss), int(total_weight)
 
 
 def _is_out_of_memory(error: BaseException) -> bool:

@@ -1,13 +1,16 @@
 """What the loop is given: a job, live, and how often to do what. Knows the parts of a run; runs nothing."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
+from torch import Tensor
 
+from llmctl.core.config.mesh import Mesh
 from llmctl.core.data.loader import SampleSource
+from llmctl.core.distributed.ranks import Ranks
 from llmctl.core.model import Decoder
 from llmctl.core.runlog import RunFolder
 from llmctl.core.train.evaluation import HeldOut
@@ -18,6 +21,11 @@ from llmctl.core.train.schedule import Schedule
 from llmctl.core.train.state import Checkpoint
 
 Stop = Callable[[], int | None]
+
+
+def largest_part(rows: int, most: int) -> int:
+    """The largest number of rows, up to `most`, that divides `rows`."""
+    return max(size for size in range(1, min(rows, most) + 1) if rows % size == 0)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,3 +80,9 @@ class TrainJob:
     matmul_peak: float = math.inf
     threads: int = field(default_factory=torch.get_num_threads)
     master_dtype: torch.dtype = torch.float32
+    weights: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
+    """Of a model on the meta device, which is to be spread over processes: its weights, whole tensors one after the other."""
+    mesh: Mesh = field(default_factory=Mesh)
+    offload: bool = False
+    ranks: Ranks = field(default_factory=Ranks)
+    """The processes that train together; filled in by the caller of `Subject.make_job`."""

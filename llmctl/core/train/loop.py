@@ -8,12 +8,13 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from llmctl.core.data.loader import Batch, prefetch
+from llmctl.core.data.loader import Batch, Prefetcher, prefetch
 from llmctl.core.errors import Interrupted, LlmctlError, NonFiniteError
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.evaluation import HeldOutLoss, Stopped, evaluate
@@ -21,7 +22,7 @@ from llmctl.core.train.events import EvalDone, Event, Finished, Profiled, Resume
 from llmctl.core.train.gradients import Gradients
 from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.machine import synchronize
-from llmctl.core.train.optim import MasterOptimizer
+from llmctl.core.train.parallel import set_up
 from llmctl.core.train.profile import Profile
 from llmctl.core.train.saving import restore, save
 from llmctl.core.train.schedule import lr_scale
@@ -55,18 +56,15 @@ class Trainer:
 
     def __init__(self, job: TrainJob) -> None:
         self.job = job
-        self.optimizer = MasterOptimizer(
-            job.model,
-            job.optim,
-            hidden_matrices=job.hidden_matrices,
-            compute_dtype=job.compute_dtype,
-            master_dtype=job.master_dtype,
-        )
-        self.profile = Profile(job.device, on=job.loop.profile)
+        self.optimizer, parallel = set_up(job)
+        self._ranks = job.ranks
+        self._own_rows = job.loop.batch_size // job.ranks.data_size
+        self.profile = Profile(job.device, on=job.loop.profile and job.ranks.is_main)
         self.gradients = Gradients(
-            job.model,
+            parallel,
             job.objective,
             self.optimizer,
+            ranks=job.ranks,
             device=job.device,
             micro_batch_size=job.loop.micro_batch_size,
             profile=self.profile,
@@ -101,7 +99,7 @@ class Trainer:
         job = self.job
         best = math.inf
         for number in range(count + 1):
-            with prefetch(job.source, first_index=0, num_rows=job.loop.batch_size, count=1) as batches:
+            with self._batches(0, count=1) as batches:
                 batch = next(batches)
             started = time.perf_counter()
             self.gradients.of(batch, lambda: None)
@@ -116,6 +114,7 @@ class Trainer:
     def events(self, stop: Stop, save_requested: Callable[[], bool]) -> Iterator[Event]:
         """Train to the end of the budget. Raises Interrupted, NonFiniteError, WriteError, InputError; state is kept in the folder."""
         job = self.job
+        stop = self._ranks.agreed(stop)
         try:
             yield from self._resume()
             self.status("running")
@@ -153,7 +152,7 @@ class Trainer:
             yield Warned(message=distrust)
         restore(self, job.resume)
         self._elapsed_before_s = saved.elapsed_s
-        for place in checkpoints.set_aside_after(job.run.path, saved.step):
+        for place in self._ranks.on_main(lambda: [str(p) for p in checkpoints.set_aside_after(job.run.path, saved.step)]):
             yield Warned(message=f"a checkpoint beyond step {saved.step} is set aside as {place}; delete it when you do not need it")
         yield Resumed(step=saved.step, num_steps=job.schedule.num_steps, tokens_seen=saved.tokens_seen, path=str(job.resume.path))
 
@@ -163,7 +162,7 @@ class Trainer:
             yield from self._evaluate(stop)  # the run was killed between saving and evaluating
         while self.step < num_steps:
             first = self.step * loop.batch_size + self.skipped_samples
-            with prefetch(job.source, first_index=first, num_rows=loop.batch_size, count=num_steps - self.step) as batches:
+            with self._batches(first, count=num_steps - self.step) as batches:
                 yield from self._steps(batches, stop, save_requested)
             if self._spike is not None:
                 yield from self._rewind(self._spike)
@@ -186,6 +185,12 @@ class Trainer:
             path=str(checkpoints.step_folder(job.run.path, self.step)),
         )
 
+    def _batches(self, first_sample: int, *, count: int) -> Prefetcher:
+        """This rank's rows of `count` batches, the first of which begins with `first_sample`."""
+        size = self.job.loop.batch_size
+        first = first_sample + self._ranks.data_rank * self._own_rows
+        return prefetch(self.job.source, first_index=first, num_rows=self._own_rows, stride=size, count=count)
+
     def _steps(self, batches: Iterator[Batch], stop: Stop, save_requested: Callable[[], bool]) -> Iterator[Event]:
         """Steps to the end of the budget, or to a spike to go back from."""
         loop, num_steps = self.job.loop, self.job.schedule.num_steps
@@ -195,7 +200,7 @@ class Trainer:
                 if not self._one_step(batches, stop):
                     continue  # a signal came in the middle of the step, which is as if it had not begun
                 last = self.step == num_steps
-                save = save_requested() or (_due(self.step, loop.save_every) and not last)
+                save = self._ranks.greatest(save_requested()) > 0 or (_due(self.step, loop.save_every) and not last)
                 judge = _due(self.step, loop.eval_every) and not last
                 sample = _due(self.step, loop.sample_every) and not last
                 if save or judge or sample or last or self.step % self._look_every == 0:
@@ -213,7 +218,7 @@ class Trainer:
     def _rewind(self, spike: str) -> Iterator[Event]:
         """Back to the last checkpoint, past the data that led to the spike. Raises NonFiniteError when that keeps happening."""
         job, num_taken = self.job, self.step
-        found, _ = checkpoints.newest_good(job.run.path)
+        found = self._newest_good()
         self._rewinds = 1 if found is not None and self._rewound_to != found.state.step else self._rewinds + 1
         if found is None or self._rewinds > _MOST_REWINDS:
             why = "there is no checkpoint to go back to" if found is None else f"the run has gone back {_MOST_REWINDS} times from there"
@@ -222,6 +227,16 @@ class Trainer:
         restore(self, found)
         self.skipped_samples, self._spike, self._rewound_to = skipped, None, found.state.step
         yield Warned(message=f"{spike}; back to step {self.step}, and on without the data of the steps up to {num_taken}")
+
+    def _newest_good(self) -> checkpoints.Checkpoint | None:
+        """The checkpoint that rank 0 finds."""
+
+        def path() -> str | None:
+            found, _ = checkpoints.newest_good(self.job.run.path)
+            return None if found is None else str(found.path)
+
+        chosen = self._ranks.on_main(path)
+        return None if chosen is None else checkpoints.open_checkpoint(Path(chosen), hashes=False)
 
     def _stop_if_asked(self, stop: Stop) -> Iterator[Event]:
         number = stop()
@@ -252,8 +267,9 @@ class Trainer:
             else:
                 self.optimizer.step(lr_scale=scale)
         self.step += 1
-        self.tokens_seen += batch.tokens.numel()
-        self._taken.append(_Taken(self.step, loss, norm, scale, num_tokens, batch.tokens.numel(), self.tokens_seen, skipped))
+        num_positions = batch.tokens.numel() * self._ranks.data_size
+        self.tokens_seen += num_positions
+        self._taken.append(_Taken(self.step, loss, norm, scale, num_tokens, num_positions, self.tokens_seen, skipped))
         return True
 
     def _look(self) -> Iterator[Event]:
@@ -295,7 +311,7 @@ class Trainer:
             skipped=one.skipped,
             step_s=step_s,
             tokens_per_second=speed,
-            peak_share=speed * job.flops_per_token / job.matmul_peak,
+            peak_share=speed * job.flops_per_token / (job.matmul_peak * self._ranks.size),
             elapsed_s=self.elapsed_s,
             eta_s=(job.schedule.num_steps - one.step) * self.elapsed_s / one.step,
         )
@@ -330,10 +346,10 @@ class Trainer:
         averages: list[HeldOutLoss] = []
         try:
             with self.profile.phase("evaluation"):
-                result = evaluate(job.model, job.held_out, max_tokens=max_tokens, stop=stop)
+                result = evaluate(job.model, job.held_out, max_tokens=max_tokens, stop=stop, ranks=self._ranks)
                 if self.optimizer.averages:
                     with self.optimizer.averaged():
-                        averages.append(evaluate(job.model, job.held_out, max_tokens=max_tokens, stop=stop))
+                        averages.append(evaluate(job.model, job.held_out, max_tokens=max_tokens, stop=stop, ranks=self._ranks))
         except Stopped:
             yield from self._stop_if_asked(stop)
             return
@@ -354,12 +370,15 @@ class Trainer:
         )
 
     def _sample(self) -> Iterator[Event]:
-        job = self.job
-        if job.sample is None:
+        job, sample = self.job, self.job.sample
+        if sample is None or job.mesh.tp > 1:  # a rank that holds some of the heads has no cache for them
             return
         try:
             with self.profile.phase("sampling"):
-                prompt, text = job.sample(job.model, self.step)
+                if job.mesh.shards:  # all take part, and the first one tells
+                    prompt, text = sample(job.model, self.step)
+                else:
+                    prompt, text = self._ranks.on_main(lambda: sample(job.model, self.step))
         except LlmctlError as error:
             yield Warned(message=f"no sample text: {error}")
             return
@@ -369,10 +388,12 @@ class Trainer:
 
     def _write_profile(self) -> Profiled | None:
         job = self.job
-        return self.profile.write(job.run.path, flops_per_token=job.flops_per_token, matmul_peak=job.matmul_peak)
+        peak = job.matmul_peak * self._ranks.size
+        return self.profile.write(job.run.path, flops_per_token=job.flops_per_token, matmul_peak=peak)
 
     def _logged(self, kind: str) -> bool:
-        return any(line.get("kind") == kind and line["step"] == self.step for line in self.job.run.metrics.lines())
+        lines = self.job.run.metrics.lines
+        return bool(self._ranks.on_main(lambda: any(line.get("kind") == kind and line["step"] == self.step for line in lines())))
 
 
 def _due(step: int, every: int) -> bool:

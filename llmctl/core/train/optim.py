@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from llmctl.core.errors import InputError
 from llmctl.core.train.muon import muon_step
 
-_AVERAGE = ".ema"
+AVERAGE = ".ema"
+"""After a parameter's name: its moving average, in the optimizer's state."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +67,11 @@ class MasterOptimizer:
         self.num_updates = 0
         self._muon_dtype = compute_dtype  # a CPU without bf16 arithmetic emulates it, slower than float32
         self._parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._shared = compute_dtype == master_dtype
+        self.shares_memory = compute_dtype == master_dtype
+        """Whether the model's parameters and gradients are the masters' own."""
         self.masters: dict[str, Tensor] = {}
-        self._gradients: dict[str, Tensor] = {}
+        self.gradients: dict[str, Tensor] = {}
+        """What `collect` adds to, by name: the masters' gradients."""
         hidden = set(hidden_matrices) if config.kind == "muon" else set()
         unknown = hidden - set(self._parameters)
         if unknown:
@@ -77,15 +80,15 @@ class MasterOptimizer:
         for name, parameter in self._parameters.items():
             if name not in hidden:
                 self.masters[name] = parameter.detach().to(master_dtype, copy=True)
-                self._gradients[name] = torch.zeros_like(self.masters[name])
+                self.gradients[name] = torch.zeros_like(self.masters[name])
         self._adamw_names = [n for n in self._parameters if n not in hidden]
         self._adamw = self._make_adamw()
         self.averages = {name: master.clone() for name, master in self.masters.items()} if config.ema is not None else {}
         """The moving average of each master; empty without `config.ema`."""
         for name, parameter in model.named_parameters():
-            if name in self.masters and self._shared:
+            if name in self.masters and self.shares_memory:
                 parameter.data = self.masters[name]
-                parameter.grad = self._gradients[name]
+                parameter.grad = self.gradients[name]
             else:
                 # weights may be mapped from a file, which is fine for those that stay as they are
                 parameter.data = parameter.data.to(compute_dtype, copy=name in self.masters)
@@ -101,7 +104,7 @@ class MasterOptimizer:
             stack = _Stack(members, weights, torch.zeros_like(weights), torch.zeros_like(weights))
             for i, name in enumerate(members):
                 self.masters[name] = weights[i]
-                self._gradients[name] = stack.gradients[i]
+                self.gradients[name] = stack.gradients[i]
             stacks.append(stack)
         return stacks
 
@@ -116,7 +119,7 @@ class MasterOptimizer:
         optimizer = torch.optim.AdamW(groups, lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.eps, fused=fused)
         for name in self._adamw_names:
             master = self.masters[name]
-            master.grad = self._gradients[name]
+            master.grad = self.gradients[name]
             optimizer.state[master] = {
                 "step": torch.zeros((), dtype=torch.float32, device=master.device),
                 "exp_avg": torch.zeros_like(master),
@@ -129,23 +132,23 @@ class MasterOptimizer:
         for stack in self._stacks:
             stack.gradients.zero_()
         for name in self._adamw_names:
-            self._gradients[name].zero_()
-        if not self._shared:
+            self.gradients[name].zero_()
+        if not self.shares_memory:
             for parameter in self._parameters.values():
                 parameter.grad = None
 
     def collect(self) -> None:
         """Add the gradients of one micro-batch to the masters', in the masters' dtype. Call after each backward."""
-        if self._shared:
+        if self.shares_memory:
             return  # autograd added them in place
         for name, parameter in self._parameters.items():
             if parameter.grad is not None:
-                self._gradients[name].add_(parameter.grad)
+                self.gradients[name].add_(parameter.grad)
                 parameter.grad = None
 
     def clip(self) -> Tensor:
         """Scale the collected gradients to a norm of at most `config.clip`; give the norm before, as a 0-d tensor."""
-        parts = [s.gradients for s in self._stacks] + [self._gradients[n] for n in self._adamw_names]
+        parts = [s.gradients for s in self._stacks] + [self.gradients[n] for n in self._adamw_names]
         norm: Tensor = torch.linalg.vector_norm(torch.stack([torch.linalg.vector_norm(part) for part in parts]))
         if self.config.clip is not None:
             scale = (self.config.clip / (norm + 1e-6)).clamp(max=1.0)
@@ -181,14 +184,14 @@ class MasterOptimizer:
         """Within it the model has the averaged weights instead of the trained ones."""
         with torch.no_grad():
             for name, average in self.averages.items():
-                if self._shared:
+                if self.shares_memory:
                     self._parameters[name].data = average
                 else:
                     self._parameters[name].copy_(average)
         try:
             yield
         finally:
-            if self._shared:
+            if self.shares_memory:
                 for name in self.averages:
                     self._parameters[name].data = self.masters[name]
             self.write_back()
@@ -196,7 +199,7 @@ class MasterOptimizer:
     @torch.no_grad()
     def write_back(self) -> None:
         """Give the model the masters' weights, rounded to its dtype."""
-        if not self._shared:
+        if not self.shares_memory:
             names = list(self._parameters)
             torch._foreach_copy_([self._parameters[n] for n in names], [self.masters[n] for n in names])
 
@@ -204,7 +207,7 @@ class MasterOptimizer:
     def forget(self) -> None:
         """Back to the state before the first step, weights apart; used after steps at rate 0 that only measured time."""
         for name, tensor in self.state_tensors().items():
-            if not name.endswith(_AVERAGE):
+            if not name.endswith(AVERAGE):
                 tensor.zero_()
         for name, average in self.averages.items():
             average.copy_(self.masters[name])
@@ -223,7 +226,7 @@ class MasterOptimizer:
             for name in self._adamw_names:
                 state = self._adamw.state[self.masters[name]]
                 tensors |= {f"{name}.{key}": state[key] for key in ("exp_avg", "exp_avg_sq")}
-        return tensors | {f"{name}{_AVERAGE}": average for name, average in self.averages.items()}
+        return tensors | {f"{name}{AVERAGE}": average for name, average in self.averages.items()}
 
     @torch.no_grad()
     def load(self, *, weights: Mapping[str, Tensor], state: Mapping[str, Tensor], num_updates: int, where: str) -> None:

@@ -27,8 +27,8 @@ class Output(Protocol):
         """Whether what is not trained is written too."""
         ...
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
-        """Write it into `folder`, which exists, from float32 tensors by decoder name."""
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
+        """Write it into `folder`, which exists, from float32 tensors by decoder name; several ranks each a `share` (see save_model)."""
         ...
 
     def read(self, folder: Path) -> Mapping[str, Tensor]:
@@ -47,7 +47,7 @@ class WholeModel:
     card: str
     holds_frozen = True
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
         """See Output."""
         save_model(
             folder,
@@ -57,8 +57,10 @@ class WholeModel:
             dtype=torch.float32,
             tokenizer=self.tokenizer,
             generation=self.generation,
+            share=share,
         )
-        write_text(folder / CARD_NAME, self.card)
+        if share[0] == 0:
+            write_text(folder / CARD_NAME, self.card)
 
     def read(self, folder: Path) -> Mapping[str, Tensor]:
         """See Output."""
@@ -80,7 +82,7 @@ class AdapterOnly:
     card: str
     holds_frozen = False
 
-    def write(self, folder: Path, tensors: Mapping[str, Tensor]) -> None:
+    def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
         """See Output."""
         save_adapter(
             folder,

@@ -6,35 +6,36 @@ entered, the job made, the plan told, and the loop started.
 
 import dataclasses
 import math
-import os
 import shutil
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol, cast
 
 import torch
 
-from llmctl.core.config.fields import flag_of, options_of
 from llmctl.core.config.finetune import FinetuneConfig
+from llmctl.core.config.mesh import Mesh, parse_mesh
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig, seconds, skips_allowed
 from llmctl.core.config.stored import to_toml
 from llmctl.core.data.mixture import SourceUse
-from llmctl.core.errors import NotFoundError, UsageError
-from llmctl.core.files import check_out_dir
+from llmctl.core.distributed.ranks import Ranks, joined
+from llmctl.core.errors import UsageError
+from llmctl.core.model import Decoder
 from llmctl.core.model.device import choose_device
 from llmctl.core.model.facts import flops_per_token, num_parameters, tensor_shapes, training_memory
 from llmctl.core.runlog import RunFolder
 from llmctl.core.train import machine
 from llmctl.core.train import state as checkpoints
-from llmctl.core.train.events import Event, Planned, Warned
-from llmctl.core.train.job import LoopConfig, Stop, TrainJob
+from llmctl.core.train.cluster import Work, parse_cluster, planned_elsewhere
+from llmctl.core.train.entering import RunConfig, begins, check_share, enter, found_together, opened_together
+from llmctl.core.train.events import Event, Planned, PlannedElsewhere, Warned
+from llmctl.core.train.job import LoopConfig, Stop, TrainJob, largest_part
 from llmctl.core.train.loop import Trainer
 from llmctl.core.train.optim import OptimConfig
 from llmctl.core.train.saving import checkpoint_bytes
 from llmctl.core.train.schedule import Schedule
-
-RunConfig = PretrainConfig | FinetuneConfig
+from llmctl.core.train.shard import check_splits
 
 SHAPING = (
     "seed",
@@ -72,6 +73,7 @@ class Machine:
     dtype: torch.dtype
     matmul_peak: float
     threads: int
+    mesh: Mesh = field(default_factory=Mesh)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -133,93 +135,58 @@ def train_subject(config: RunConfig, subject: Subject, *, stop: Stop, save_reque
 
     Raises LlmctlError of many kinds, each before anything is lost; see the loop's Trainer.events.
     """
-    if config.out_dir is None and not config.dry_run:
-        raise UsageError("--out-dir is missing: the run folder for checkpoints and metrics")
-    _check_names(config)
-    resuming = _wants_resume(config)
+    device = choose_device(config.device)
+    with joined(cuda=device.type == "cuda", timeout_s=config.rank_timeout) as ranks:
+        if ranks.size > 1 and device.type == "mps":
+            raise UsageError("several processes train on CPUs or CUDA GPUs, not on mps; leave --nproc out")
+        mesh = parse_mesh(config.mesh, num_processes=config.nproc if config.dry_run else ranks.size)
+        yield from _train_together(config, subject, ranks.with_peers(mesh.tp), mesh, stop, save_requested)
+
+
+def _train_together(
+    config: RunConfig, subject: Subject, ranks: Ranks, mesh: Mesh, stop: Stop, save_requested: Callable[[], bool]
+) -> Iterator[Event]:
+    resuming = bool(ranks.on_main(lambda: begins(config)))
     run: RunFolder | None = None
-    if config.out_dir is not None and not resuming:
-        check_out_dir(config.out_dir)
-        _refuse_used(config)
     if resuming and config.out_dir is not None and not config.dry_run:
-        run = RunFolder(config.out_dir, fresh=False)  # held before the checkpoints are looked at
+        run = enter(config.out_dir, ranks, fresh=False)  # held before the checkpoints are looked at
     try:
-        checkpoint, warnings = _find_checkpoint(config) if resuming else (None, [])
+        checkpoint, warnings = found_together(config, ranks) if resuming else (None, [])
         yield from (Warned(message=text) for text in warnings)
-        yield from subject.open(stop)
-        where = _choose_machine(config, checkpoint)
+        yield from opened_together(subject.open(stop), ranks)
+        check_share(subject.prepared.sizes.batch_size, ranks.data_size)
+        check_splits(subject.prepared.architecture, mesh)
+        where = _choose_machine(config, checkpoint, mesh)
         if config.auto_resume and checkpoint is None:
             yield Warned(message=f"{config.out_dir}: no checkpoint to go on from, so the run starts afresh")
+        if config.dry_run and config.plan_for is not None:
+            yield _plan_elsewhere(config, subject.prepared, checkpoint, where)
+            return
         if config.dry_run:
             yield _plan(config, subject.prepared, where, _num_steps(config, subject.prepared, where, checkpoint, None))
             return
         assert config.out_dir is not None
         if run is None:
-            run = RunFolder(config.out_dir, fresh=not config.auto_resume)
-        yield from _run(config, subject, where, run, checkpoint, stop, save_requested)
+            run = enter(config.out_dir, ranks, fresh=not config.auto_resume)
+        yield from _run(config, subject, where, run, checkpoint, ranks, stop, save_requested)
     finally:
         if run is not None:
             run.close()
 
 
-def _check_names(config: RunConfig) -> None:
-    """Refuse names that are no UTF-8: config.toml, status.json and the metrics are text, and hold them."""
-    for field in options_of(type(config)):
-        value = getattr(config, field.name)
-        for name in value if isinstance(value, tuple) else (value,):
-            try:
-                str(name).encode("utf-8")
-            except UnicodeEncodeError:
-                raise UsageError(
-                    f"{flag_of(field)} {os.fsencode(str(name))!r}: the name is not UTF-8, so the run's settings cannot hold it; rename it"
-                ) from None
-
-
-def _refuse_used(config: RunConfig) -> None:
-    """Say early, before data is read, what entering the folder would say later: that it is in use, or holds a run."""
-    if config.out_dir is not None and not config.auto_resume and checkpoints.step_folders(config.out_dir):
-        RunFolder(config.out_dir, fresh=True).close()
-
-
-def _wants_resume(config: RunConfig) -> bool:
-    if config.resume_from is not None:
-        if config.out_dir is not None and config.resume_from.resolve().parent != config.out_dir.resolve():
-            raise UsageError(f"--resume-from {config.resume_from}: is not a checkpoint of --out-dir {config.out_dir}")
-        if not config.resume_from.is_dir():
-            raise NotFoundError(f"--resume-from {config.resume_from}: no such checkpoint")
-        return True
-    if config.resume:
-        if config.out_dir is None or not config.out_dir.is_dir():
-            raise NotFoundError(f"--resume: no run folder {config.out_dir}; --auto-resume starts one")
-        return True
-    return config.auto_resume and config.out_dir is not None and bool(checkpoints.step_folders(config.out_dir))
-
-
-def _find_checkpoint(config: RunConfig) -> tuple[checkpoints.Checkpoint, list[str]]:
-    if config.resume_from is not None:
-        checkpoints.step_of(config.resume_from)
-        return checkpoints.open_checkpoint(config.resume_from), []
-    assert config.out_dir is not None
-    found, warnings = checkpoints.newest_good(config.out_dir)
-    if found is None:
-        raise NotFoundError(f"--resume: {config.out_dir} holds no checkpoint; --auto-resume starts afresh in such a case")
-    return found, warnings
-
-
-def _choose_machine(config: RunConfig, checkpoint: checkpoints.Checkpoint | None) -> Machine:
+def _choose_machine(config: RunConfig, checkpoint: checkpoints.Checkpoint | None, mesh: Mesh) -> Machine:
     machine.prepare(threads=config.threads)
     device = choose_device(config.device)
     wanted = config.dtype
     if wanted == "auto" and checkpoint is not None:
         wanted = checkpoint.state.settings.get("dtype", "auto")
     dtype = machine.choose_dtype(wanted, device)
-    return Machine(device, dtype, machine.matmul_peak(dtype, device), torch.get_num_threads())
+    return Machine(device, dtype, machine.matmul_peak(dtype, device), torch.get_num_threads(), mesh)
 
 
 def micro_batch_size(wanted: int | None, *, batch_size: int, seq_len: int, most_tokens: int) -> int:
     """`wanted`, or the largest part of a batch that divides it and holds at most `most_tokens` tokens (one sequence at least)."""
-    most = max(1, most_tokens // seq_len) if wanted is None else wanted
-    return max(size for size in range(1, batch_size + 1) if batch_size % size == 0 and size <= most)
+    return largest_part(batch_size, max(1, most_tokens // seq_len) if wanted is None else wanted)
 
 
 def _num_steps(
@@ -308,6 +275,31 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
     )
 
 
+def _plan_elsewhere(config: RunConfig, prepared: Prepared, checkpoint: checkpoints.Checkpoint | None, where: Machine) -> PlannedElsewhere:
+    assert config.plan_for is not None
+    cluster = parse_cluster(config.plan_for)
+    mesh = parse_mesh(config.mesh, num_processes=cluster.num_gpus)
+    architecture, sizes = prepared.architecture, prepared.sizes
+    check_splits(architecture, mesh)
+    check_share(sizes.batch_size, mesh.data_size)
+    if config.dtype == "f32":
+        raise UsageError("--plan-for: its table holds peaks of products in bf16; leave --dtype f32 out")
+    work = Work(
+        seq_len=sizes.seq_len,
+        batch_size=sizes.batch_size,
+        micro_batch_size=sizes.micro_batch_size,
+        muon_share=_hidden_numbers(architecture) / num_parameters(architecture).total if config.optimizer == "muon" else 0.0,
+        recomputes=isinstance(config, PretrainConfig) and config.gradient_checkpointing,
+    )
+
+    def num_steps(step_s: float) -> int:
+        if config.max_time is not None:
+            return max(1, int(seconds(config.max_time, flag="--max-time") / step_s))
+        return _num_steps(config, prepared, where, checkpoint, None)
+
+    return planned_elsewhere(architecture, mesh, cluster, work, num_steps)
+
+
 def _hidden_numbers(architecture: ModelConfig) -> int:
     return sum(math.prod(shape) for name, shape in tensor_shapes(architecture).items() if is_hidden_matrix(name, len(shape)))
 
@@ -323,22 +315,34 @@ def _run(
     where: Machine,
     run: RunFolder,
     checkpoint: checkpoints.Checkpoint | None,
+    ranks: Ranks,
     stop: Stop,
     save_requested: Callable[[], bool],
 ) -> Iterator[Event]:
     prepared = subject.prepared
     job = subject.make_job(run, where, checkpoint)
-    job.settings["compile"] = _compiles(config, job, prepared, where, checkpoint)
+    job.ranks, job.mesh, job.offload = ranks, where.mesh, config.offload
+    if where.mesh.shards and job.weights is None:
+        _lay_out(job)
+    compiles = _compiles(config, job, prepared, where, checkpoint)
+    job.settings["compile"] = ranks.on_main(lambda: compiles)
     if checkpoint is not None:
         for text in checkpoints.compare(
-            checkpoint.state, settings=job.settings, identity=job.identity, allowed=config.allow_change, threads=where.threads
+            checkpoint.state,
+            settings=job.settings,
+            identity=job.identity,
+            allowed=config.allow_change,
+            threads=where.threads,
+            ranks=ranks.size,
         ):
             yield Warned(message=text)
     if job.settings["compile"]:
         for layer in job.model.layers:
             layer.compile()
+    ranks.wait()
     trainer = Trainer(job)
-    num_steps = _num_steps(config, prepared, where, checkpoint, trainer)
+    own_num_steps = _num_steps(config, prepared, where, checkpoint, trainer)
+    num_steps: int = ranks.on_main(lambda: own_num_steps)  # a budget of time is measured, and each rank measures another
     if checkpoint is not None and num_steps < checkpoint.state.step:
         raise UsageError(f"the budget is {num_steps} steps, but the run has already done {checkpoint.state.step}; raise it")
     run.store_config(to_toml(config, leave_out=RESUME_ONLY))
@@ -353,11 +357,19 @@ def _run(
     free = shutil.disk_usage(run.path).free
     needed = 2 * checkpoint_bytes(trainer)
     if free < needed:
-        yield Warned(
-            message=f"{run.path}: {free:,} bytes are free, two checkpoints need {needed:,};"
-            " a save may fail for lack of room"
-        )
+        yield Warned(message=f"{run.path}: {free:,} bytes are free, two checkpoints need {needed:,}; a save may fail for lack of room")
     yield from trainer.events(stop, save_requested)
+
+
+def _lay_out(job: TrainJob) -> None:
+    """Put the model's shape where it can be spread, and its weights aside; those that are mapped from a file take no memory."""
+    whole = job.model.state_dict()
+    names = [name for name, _ in job.model.named_parameters()]
+    with torch.device("meta"):
+        model = Decoder(job.model.config)
+    model.train(job.model.training)
+    model.recomputes = job.model.recomputes
+    job.model, job.weights = model, lambda: ((name, whole.pop(name)) for name in names)
 
 
 def _compiles(config: RunConfig, job: TrainJob, prepared: Prepared, where: Machine, checkpoint: checkpoints.Checkpoint | None) -> bool:

@@ -7,10 +7,12 @@ import os
 import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Literal, cast
 
 import torch
+from torch import Tensor
 
 from llmctl.core.checkpoint import check_tokenizer, check_trainable, load_config, load_model, resolve_model
 from llmctl.core.config.mixture import parse_mixture
@@ -22,6 +24,7 @@ from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import InputError, NotFoundError, UsageError
 from llmctl.core.files import check_manifest
 from llmctl.core.model import Decoder
+from llmctl.core.model.decoder import drawn_weights
 from llmctl.core.model.facts import flops_per_token
 from llmctl.core.model.shapes import shape_for_depth
 from llmctl.core.runlog import RunFolder
@@ -136,12 +139,20 @@ class _Pretrain:
         )
 
         output = WholeModel(config=architecture, family=opened.family, tokenizer=opened.tokenizer, generation=opened.generation, card=card)
-        model = _weights(config, opened, checkpoint).to(where.device)
+        weights: Callable[[], Iterator[tuple[str, Tensor]]] | None = None
+        if where.mesh.shards and opened.base is None:
+            with torch.device("meta"):
+                model = Decoder(architecture)
+            weights = partial(_drawn, config, opened)
+        else:
+            model = _weights(config, opened, checkpoint)
+            model = model if where.mesh.shards else model.to(where.device)
         model.train()
         model.recomputes = config.gradient_checkpointing
         return TrainJob(
             run=run,
             model=model,
+            weights=weights,
             source=opened.source,
             objective=NextToken(
                 penalty=Penalty(label_smoothing=config.label_smoothing, z_loss=config.z_loss), dropout=config.dropout, seed=config.seed
@@ -275,6 +286,14 @@ def _weights(config: PretrainConfig, opened: _Opened, checkpoint: checkpoints.Ch
     if opened.vectors is not None:
         opened.vectors.put_into(model)
     return model
+
+
+def _drawn(config: PretrainConfig, opened: _Opened) -> Iterator[tuple[str, Tensor]]:
+    """What `_weights` makes at random, a tensor at a time."""
+    for name, tensor in drawn_weights(opened.architecture, torch.Generator().manual_seed(config.seed)):
+        if name == "embed.weight" and opened.vectors is not None:
+            tensor[opened.vectors.ids] = opened.vectors.numbers.to(tensor)
+        yield name, tensor
 
 
 def _held_out(config: PretrainConfig, opened: _Opened, sizes: Sizes) -> HeldOut | None:

@@ -12,13 +12,15 @@ from llmctl.core.errors import WriteError
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.events import CheckpointSaved, Event, Warned
 from llmctl.core.train.job import Stop
+from llmctl.core.train.sharded import ShardedOptimizer
 from llmctl.core.train.spikes import Spikes
+from llmctl.core.train.together import load_parts, load_whole, save_together
 
 if TYPE_CHECKING:
     from llmctl.core.train.loop import Trainer
 
 AVERAGE_NAME = "ema"
-_FULL_DISK_PAUSE_S = 5.0
+_FULL_DISK_POLLS = 25
 _POLL_S = 0.2
 _SMALL_FILES_BYTES = 64 << 10
 """Configs and manifest of a checkpoint; its tokenizer may take more, and a disk as full as that is met when writing."""
@@ -27,7 +29,9 @@ _SMALL_FILES_BYTES = 64 << 10
 def checkpoint_bytes(trainer: "Trainer") -> int:
     """About what one checkpoint takes on disk."""
     optimizer = trainer.optimizer
-    tensors = [*optimizer.masters.values(), *optimizer.state_tensors().values(), *optimizer.averages.values()]
+    masters = optimizer.parameters if isinstance(optimizer, ShardedOptimizer) else optimizer.masters
+    averages = [] if isinstance(optimizer, ShardedOptimizer) else optimizer.averages.values()
+    tensors = [*masters.values(), *optimizer.state_tensors().values(), *averages]
     frozen = [p for n, p in trainer.job.model.named_parameters() if trainer.job.output.holds_frozen and n not in optimizer.masters]
     return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + _SMALL_FILES_BYTES
 
@@ -50,30 +54,59 @@ def save(trainer: "Trainer", stop: Stop) -> Iterator[Event]:
         identity=job.identity,
         threads=job.threads,
         machine=checkpoints.machine(),
+        ranks=job.ranks.size,
     )
     while True:
         try:
-            path, num_bytes = checkpoints.save_checkpoint(
-                job.run.path,
-                state,
-                write_model=lambda folder: _write_models(trainer, folder),
-                optimizer=trainer.optimizer.state_tensors(),
-                expected_bytes=checkpoint_bytes(trainer),
-            )
+            num_bytes = _write(trainer, state)
             break
         except WriteError as error:
             if job.loop.on_full != "wait" or stop() is not None:
                 raise
             yield Warned(message=f"{error}; waiting for room")
-            _wait(_FULL_DISK_PAUSE_S, stop)
+            _wait(stop)
     trainer.saved_step = trainer.step
-    checkpoints.prune(job.run.path, keep_last=job.loop.keep_last)
     trainer.status("running")
+    path = checkpoints.step_folder(job.run.path, trainer.step)
     yield CheckpointSaved(step=trainer.step, path=str(path), num_bytes=num_bytes, elapsed_s=time.perf_counter() - started)
+
+
+def _write(trainer: "Trainer", state: checkpoints.TrainerState) -> int:
+    """Write a checkpoint and delete older ones; gives its size in bytes."""
+    job, expected_bytes = trainer.job, checkpoint_bytes(trainer)
+
+    def write_models(folder: Path) -> None:
+        _write_models(trainer, folder)
+
+    if isinstance(trainer.optimizer, ShardedOptimizer):
+        num_bytes = save_together(
+            job.run.path,
+            state,
+            write_model=write_models,
+            optimizer=trainer.optimizer.state_tensors(),
+            expected_bytes=expected_bytes,
+            ranks=job.ranks,
+        )
+    else:
+        optimizer = trainer.optimizer.state_tensors()
+        num_bytes = job.ranks.on_main(
+            lambda: checkpoints.save_checkpoint(
+                job.run.path, state, write_model=write_models, optimizer=optimizer, expected_bytes=expected_bytes
+            )[1]
+        )
+    job.ranks.on_main(lambda: checkpoints.prune(job.run.path, keep_last=job.loop.keep_last))
+    return num_bytes
 
 
 def _write_models(trainer: "Trainer", folder: Path) -> None:
     job, optimizer = trainer.job, trainer.optimizer
+    if isinstance(optimizer, ShardedOptimizer):
+        share = (job.ranks.rank, job.ranks.size)
+        job.output.write(folder, optimizer.whole(optimizer.masters), share)
+        if optimizer.averages and trainer.step == job.schedule.num_steps:
+            (folder / AVERAGE_NAME).mkdir(exist_ok=True)
+            job.output.write(folder / AVERAGE_NAME, optimizer.whole(optimizer.averages), share)
+        return
     weights = job.model.state_dict()
     job.output.write(folder, {**weights, **optimizer.masters})
     if optimizer.averages and trainer.step == job.schedule.num_steps:
@@ -84,13 +117,17 @@ def _write_models(trainer: "Trainer", folder: Path) -> None:
 def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:
     """Everything as it was when `checkpoint` was saved, the log included. Raises InputError for tensors that do not fit."""
     saved, optimizer = checkpoint.state, trainer.optimizer
-    weights = trainer.job.output.read(checkpoint.path)
-    optimizer.load(
-        weights={n: weights[n] for n in optimizer.masters if n in weights},
-        state=checkpoints.load_tensors(checkpoint.path / "trainer" / "optimizer.safetensors"),
-        num_updates=saved.num_updates,
-        where=str(checkpoint.path),
-    )
+    weights, where = trainer.job.output.read(checkpoint.path), str(checkpoint.path)
+    if isinstance(optimizer, ShardedOptimizer):
+        load_parts(checkpoint.path, optimizer.state_tensors(), trainer.job.ranks)
+        optimizer.load_weights(weights, num_updates=saved.num_updates, where=where)
+    else:
+        optimizer.load(
+            weights={n: weights[n] for n in optimizer.masters if n in weights},
+            state=load_whole(checkpoint.path),
+            num_updates=saved.num_updates,
+            where=where,
+        )
     checkpoints.restore_rng(checkpoint.path)
     trainer.step, trainer.tokens_seen, trainer.skipped_steps = saved.step, saved.tokens_seen, saved.skipped_steps
     trainer.skipped_samples, trainer.spikes = saved.skipped_samples, Spikes(saved.recent_losses)
@@ -98,7 +135,9 @@ def restore(trainer: "Trainer", checkpoint: checkpoints.Checkpoint) -> None:
     trainer.job.run.metrics.truncate_after(saved.step)
 
 
-def _wait(seconds: float, stop: Stop) -> None:
-    end = time.monotonic() + seconds
-    while time.monotonic() < end and stop() is None:
+def _wait(stop: Stop) -> None:
+    """A pause that a signal ends; ranks agree on it as often as they ask, so they ask by count and not by clock."""
+    for _ in range(_FULL_DISK_POLLS):
+        if stop() is not None:
+            return
         time.sleep(_POLL_S)

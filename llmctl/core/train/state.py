@@ -49,6 +49,7 @@ class TrainerState:
     torch_version: str = torch.__version__
     threads: int = 0
     machine: str = ""
+    ranks: int = 1
     format: int = FORMAT
 
 
@@ -80,11 +81,11 @@ def step_of(folder: Path) -> int:
     return int(match.group(1))
 
 
-def open_checkpoint(path: Path) -> Checkpoint:
-    """Check every hash of a checkpoint and read its state. Raises NotFoundError or InputError that names the file."""
+def open_checkpoint(path: Path, *, hashes: bool = True) -> Checkpoint:
+    """Check every hash (or only the sizes) of a checkpoint and read its state. Raises NotFoundError or InputError that names the file."""
     if not path.is_dir():
         raise NotFoundError(f"{path}: no such checkpoint; the run's checkpoints are folders named step-XXXXXXXX")
-    check_manifest(path, hashes=True)
+    check_manifest(path, hashes=hashes)
     where = path / "trainer" / "state.json"
     raw = read_json(where)
     known = {f.name for f in fields(TrainerState)}
@@ -132,9 +133,7 @@ def save_checkpoint(
     from safetensors.torch import save_file
 
     target = step_folder(run_dir, state.step)
-    free = shutil.disk_usage(run_dir).free
-    if free < expected_bytes:
-        raise write_error(OSError(errno.ENOSPC, "no space"), path=target, bytes_needed=expected_bytes, bytes_free=free, then=_THEN)
+    check_room(target, expected_bytes)
     try:
         if target.exists():
             discard(target)
@@ -143,15 +142,22 @@ def save_checkpoint(
             trainer = temp / "trainer"
             trainer.mkdir()
             save_file({k: v.detach().cpu().contiguous() for k, v in optimizer.items()}, trainer / "optimizer.safetensors")
-            save_file(_rng_tensors(), trainer / "rng.safetensors")
+            save_file(rng_tensors(), trainer / "rng.safetensors")
             write_json(trainer / "state.json", asdict(state))
     except Exception as error:
-        raise _as_write_error(error, target, expected_bytes) from error
+        raise as_write_error(error, target, expected_bytes) from error
     num_bytes = sum(p.stat().st_size for p in target.rglob("*") if p.is_file())
     return target, num_bytes
 
 
-def _as_write_error(error: Exception, target: Path, expected_bytes: int) -> Exception:
+def check_room(target: Path, expected_bytes: int) -> None:
+    """Raise WriteError when the disk has no room for `expected_bytes` at `target`."""
+    free = shutil.disk_usage(target.parent).free
+    if free < expected_bytes:
+        raise write_error(OSError(errno.ENOSPC, "no space"), path=target, bytes_needed=expected_bytes, bytes_free=free, then=_THEN)
+
+
+def as_write_error(error: Exception, target: Path, expected_bytes: int) -> Exception:
     """A failure to write, with the room needed and left; safetensors gives the number of the OS error in its text only."""
     cause = error.__cause__ if isinstance(error, WriteError) else error
     found = re.search(r"os error (\d+)", str(cause))
@@ -204,7 +210,11 @@ def load_tensors(path: Path) -> dict[str, Tensor]:
         raise InputError(f"{path}: not a readable safetensors file: {error}") from error
 
 
-def _rng_tensors() -> dict[str, Tensor]:
+RNG_NAMES = ("torch_cpu", "torch_cuda")
+
+
+def rng_tensors() -> dict[str, Tensor]:
+    """The state of torch's generators."""
     tensors = {"torch_cpu": torch.get_rng_state()}
     if torch.cuda.is_available():
         tensors["torch_cuda"] = torch.cuda.get_rng_state()
@@ -225,7 +235,7 @@ def machine() -> str:
 
 
 def compare(
-    saved: TrainerState, *, settings: Mapping[str, Any], identity: Mapping[str, Any], allowed: tuple[str, ...], threads: int
+    saved: TrainerState, *, settings: Mapping[str, Any], identity: Mapping[str, Any], allowed: tuple[str, ...], threads: int, ranks: int = 1
 ) -> list[str]:
     """Refuse to resume under other conditions; give warnings about those that only cost bit-identity.
 
@@ -245,8 +255,9 @@ def compare(
         details = "; ".join(f"{k}: the run has {saved.settings.get(k)!r}, {settings[k]!r} was given" for k in changed)
         flags = " ".join(f"--allow-change {k}" for k in changed)
         raise UsageError(f"cannot resume with changed settings ({details}); give the run's, or say {flags}")
-    here = {"llmctl": __version__, "torch": torch.__version__, "threads": threads, "machine": machine()}
-    then = {"llmctl": saved.llmctl_version, "torch": saved.torch_version, "threads": saved.threads, "machine": saved.machine}
+    here = {"llmctl": __version__, "torch": torch.__version__, "threads": threads, "ranks": ranks, "machine": machine()}
+    then = {"llmctl": saved.llmctl_version, "torch": saved.torch_version, "threads": saved.threads}
+    then |= {"ranks": saved.ranks, "machine": saved.machine}
     differing = [f"{k} {then[k]} then, {here[k]} now" for k in here if then[k] != here[k]]
     return [f"the checkpoint was made under other conditions ({'; '.join(differing)}): bit-identity is not promised"] if differing else []
 

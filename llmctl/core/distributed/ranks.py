@@ -1,0 +1,230 @@
+"""What the processes of a job agree on: flags, sums, and what rank 0 did for all. Knows torch.distributed; knows no model.
+
+Of a process alone every method is the identity, so that callers have one path. All ranks must call the same methods in
+the same order. Waiting is of two kinds: in a step a rank waits `timeout_s` for the others and then gives up; while rank
+0 works alone (a save, a sample) the others wait as long as it takes, and a rank that dies is noticed at once either way,
+since its connections close.
+"""
+
+import contextlib
+import json
+import os
+from collections.abc import Callable, Iterator
+from datetime import timedelta
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from llmctl.core import errors
+from llmctl.core.distributed.place import ALONE, Place, place_of
+from llmctl.core.errors import Interrupted, LlmctlError, LostRankError
+
+_PATIENCE = timedelta(days=1)
+_LOST = ("Connection closed", "Connection reset", "Broken pipe", "imed out", "timeout", "gloo", "NCCL", "store", "Socket")
+"""Words in what torch.distributed says when another rank is gone or silent: gloo raises plain RuntimeErrors."""
+
+
+class Ranks:
+    """The processes of a job. `place` is this one's.
+
+    `peers` neighbours each take the same rows of a batch, since they share the layers of a model (tensor parallelism).
+    """
+
+    def __init__(
+        self,
+        place: Place = ALONE,
+        *,
+        patient: "dist.ProcessGroup | None" = None,
+        peers: int = 1,
+        data: "dist.ProcessGroup | None" = None,
+        timeout_s: float = 0.0,
+    ) -> None:
+        self.place = place
+        self._timeout_s = timeout_s
+        self.patient = patient
+        """The gloo group that waits as long as it takes."""
+        self._peers, self._data = peers, data
+
+    def with_peers(self, peers: int) -> "Ranks":
+        """The same, with so many neighbours that take the same rows. All ranks call it."""
+        if peers == 1 or self.size == 1:
+            return self
+        timeout = timedelta(seconds=self._timeout_s)
+        groups = [dist.new_group(list(range(first, self.size, peers)), timeout=timeout) for first in range(peers)]
+        return Ranks(self.place, patient=self.patient, peers=peers, data=groups[self.rank % peers], timeout_s=self._timeout_s)
+
+    @property
+    def rank(self) -> int:
+        """This process's number, from 0."""
+        return self.place.rank
+
+    @property
+    def size(self) -> int:
+        """How many there are."""
+        return self.place.size
+
+    @property
+    def is_main(self) -> bool:
+        """Whether this process writes files and draws."""
+        return self.place.is_main
+
+    @contextlib.contextmanager
+    def contact(self) -> Iterator[None]:
+        """Within the block, what torch.distributed raises when a rank is gone becomes a LostRankError."""
+        try:
+            yield
+        except RuntimeError as error:
+            if self.size > 1 and (isinstance(error, dist.DistError) or any(word in str(error) for word in _LOST)):
+                raise LostRankError(
+                    f"rank {self.rank} lost contact with another rank ({errors.first_line(error)});"
+                    " see that one's error, then go on with --resume"
+                ) from error
+            raise
+
+    @property
+    def data_rank(self) -> int:
+        """Which part of a batch this process takes, of `data_size`."""
+        return self.rank // self._peers
+
+    @property
+    def data_size(self) -> int:
+        """In how many parts a batch is shared out."""
+        return self.size // self._peers
+
+    def sum(self, tensor: Tensor) -> Tensor:
+        """The sum over the parts of a batch, in place."""
+        if self.data_size > 1:
+            with self.contact():
+                dist.all_reduce(tensor, group=self._data)
+        return tensor
+
+    def sum_everywhere(self, tensor: Tensor) -> Tensor:
+        """The sum over all ranks, in place."""
+        if self.size > 1:
+            with self.contact():
+                dist.all_reduce(tensor)
+        return tensor
+
+    def total(self, number: float) -> float:
+        """The sum of a number over the parts of a batch, in float64."""
+        return number if self.data_size == 1 else float(self.sum(torch.tensor(number, dtype=torch.float64)))
+
+    def greatest(self, number: int) -> int:
+        """The greatest of the ranks' numbers."""
+        if self.size == 1:
+            return number
+        tensor = torch.tensor(number)
+        with self.contact():
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+        return int(tensor)
+
+    def agreed(self, ask: Callable[[], int | None]) -> Callable[[], int | None]:
+        """`ask`, such that all ranks get the same answer: a signal that came to one of them has come to all."""
+        if self.size == 1:
+            return ask
+        return lambda: self.greatest(ask() or 0) or None
+
+    def on_main(self, work: Callable[[], Any]) -> Any:
+        """What `work` gives on rank 0, on all ranks; the others wait. It is something that JSON can hold.
+
+        An LlmctlError of rank 0 is raised on all of them, so that all take the same turn.
+        """
+        if self.size == 1:
+            return work()
+        answer: dict[str, Any] = {}
+        failure: BaseException | None = None
+        if self.is_main:
+            try:
+                answer = {"value": work()}
+            except BaseException as error:
+                failure, answer = error, _described(error)
+        answer = self._tell(answer)
+        if failure is not None:
+            raise failure
+        if "error" in answer:
+            raise _raised(answer)
+        return answer.get("value")
+
+    def wait(self) -> None:
+        """Until all ranks are here, however long one of them takes."""
+        if self.size > 1:
+            with self.contact():
+                dist.barrier(group=self.patient)
+
+    def all_or_none(self, work: Callable[[], None], *, doing: str) -> None:
+        """Do `work` on each rank; when it fails on one with an LlmctlError, raise a WriteError on all of them."""
+        failure: LlmctlError | None = None
+        try:
+            work()
+        except LlmctlError as error:
+            failure = error
+        self.wait()
+        if self.greatest(0 if failure is None else 1) and failure is None:
+            raise errors.WriteError(f"another rank failed at {doing}; see its error")
+        if failure is not None:
+            raise failure
+
+    def _tell(self, answer: dict[str, Any]) -> dict[str, Any]:
+        """Rank 0's answer, to all. JSON rather than torch's object lists, which are pickles."""
+        data = torch.frombuffer(bytearray(json.dumps(answer).encode()), dtype=torch.uint8)
+        length = torch.tensor(len(data))
+        with self.contact():
+            dist.broadcast(length, src=0, group=self.patient)
+            if not self.is_main:
+                data = torch.empty(int(length), dtype=torch.uint8)
+            dist.broadcast(data, src=0, group=self.patient)
+        told: dict[str, Any] = json.loads(bytes(data.numpy()).decode())
+        return told
+
+
+def _described(error: BaseException) -> dict[str, Any]:
+    kind = type(error).__name__ if isinstance(error, LlmctlError) else "LlmctlError"
+    message = str(error) if isinstance(error, LlmctlError) else f"rank 0 failed: {type(error).__name__}: {error}"
+    return {"error": kind, "message": message, "signal": getattr(error, "signal_number", None)}
+
+
+def _raised(answer: dict[str, Any]) -> LlmctlError:
+    if answer["error"] == "Interrupted":
+        return Interrupted(answer["message"], signal_number=answer["signal"])
+    kind = getattr(errors, answer["error"], LlmctlError)
+    return kind(answer["message"]) if issubclass(kind, LlmctlError) else LlmctlError(answer["message"])
+
+
+@contextlib.contextmanager
+def joined(*, cuda: bool, timeout_s: float) -> Iterator[Ranks]:
+    """The ranks of this job, from the environment; this process alone where there is no other.
+
+    `cuda` gives each rank the GPU of its local number. Raises LostRankError when the others cannot be reached in time.
+    All ranks leave the block together when it ends well or by a signal; when it fails, each leaves at once.
+    """
+    place = place_of(os.environ)
+    if place.size == 1:
+        yield Ranks()
+        return
+    if cuda:
+        torch.cuda.set_device(place.local_rank)
+    ranks = Ranks(place, patient=_connect(place, cuda=cuda, timeout_s=timeout_s), timeout_s=timeout_s)
+    try:
+        yield ranks
+    except Interrupted:  # which all have agreed on
+        ranks.wait()
+        raise
+    ranks.wait()
+    dist.destroy_process_group()
+
+
+def _connect(place: Place, *, cuda: bool, timeout_s: float) -> "dist.ProcessGroup":
+    backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
+    where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
+    try:
+        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s))
+        patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
+    except (RuntimeError, ValueError) as error:
+        raise LostRankError(
+            f"rank {place.rank} of {place.size} cannot meet the others at {where} (MASTER_ADDR, MASTER_PORT)"
+            f" within {timeout_s:g} s: {errors.first_line(error)}; is rank 0 up, the port free and let through?"
+        ) from error
+    assert isinstance(patient, dist.ProcessGroup)
+    return patient
