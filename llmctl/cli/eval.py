@@ -12,6 +12,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import typer
 
+from llmctl.cli.launch import start_ranks
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
@@ -44,6 +45,13 @@ def register(app: typer.Typer) -> None:
 
 def run(config: EvaluateConfig, shell: Shell) -> None:
     """Run the command."""
+    if start_ranks(config.nproc, threads=config.threads):
+        return
+    from llmctl.core.distributed import place_of
+
+    if not place_of(os.environ).is_main:
+        _help(config)
+        return
     for path, flag in ((config.output, "--output"), (config.log_samples, "--log-samples")):
         if path is not None and path != _STDOUT:
             check_out_file(path, flag=flag)
@@ -67,6 +75,17 @@ def run(config: EvaluateConfig, shell: Shell) -> None:
     failures = check_gates(config, results)
     if failures:
         raise QualityGateError(f"--fail-under: {'; '.join(failures)}")
+
+
+def _help(config: EvaluateConfig) -> None:
+    """Take part as one of several processes, of which the first tells and writes."""
+    from llmctl.core.evals.events import ModelReady
+    from llmctl.core.evals.runner import evaluate
+
+    with _Run(None) as own:
+        for event in evaluate(config, stop=own.stop):
+            if isinstance(event, ModelReady):
+                own.begin()
 
 
 class _Run(contextlib.ExitStack):

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, option, option_like
 from llmctl.core.config.generate import GenerateConfig
+from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.errors import UsageError
 
 _MODEL, _TEXT, _TASKS, _OUT, _MACHINE = "Model", "Perplexity of text", "Tasks", "Results", "Machine"
@@ -101,6 +102,8 @@ class EvaluateConfig:
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    nproc: int | None = option_like(PretrainConfig, "nproc", help="Processes of this machine to share the work, one a GPU. [default: 1]")
+    rank_timeout: float = option_like(PretrainConfig, "rank_timeout")
 
     def __post_init__(self) -> None:
         check_fields(self)

@@ -13,11 +13,13 @@ from typing import Protocol
 
 import numpy as np
 
+from llmctl.core.distributed.ranks import Ranks
 from llmctl.core.errors import InputError
 from llmctl.core.evals.events import Progressed, TextScored
 from llmctl.core.evals.metrics import TEXT_METRICS, Metric, exp_or_inf
 from llmctl.core.evals.progress import Progress
 from llmctl.core.evals.scoring import score_sequences
+from llmctl.core.evals.together import scored
 from llmctl.core.evals.tokens import BatchLimit, Window, windows
 from llmctl.core.model import Decoder
 
@@ -89,6 +91,7 @@ def score_text(
     limit: BatchLimit,
     progress: Progress,
     stop: Callable[[], None],
+    ranks: Ranks,
 ) -> Iterator[Progressed | TextScored]:
     """Score `documents` and end with their TextScored. `stop` is called between batches and may raise.
 
@@ -96,7 +99,7 @@ def score_text(
     """
     sums = _Sums()
     nlls: list[float] = []
-    for piece, values in _pieces(model, documents, definition, limit, progress, stop):
+    for piece, values in _pieces(model, documents, definition, limit, progress, stop, ranks):
         sums += piece
         nlls += values
         yield Progressed(name=name, num_done=sums.num_windows, num_total=None)
@@ -158,6 +161,7 @@ def _pieces(
     limit: BatchLimit,
     progress: Progress,
     stop: Callable[[], None],
+    ranks: Ranks,
 ) -> Iterator[tuple[_Sums, list[float]]]:
     """Counts and windows' negative log-likelihoods, a document or a batch at a time."""
     waiting: list[_Job] = []
@@ -167,9 +171,9 @@ def _pieces(
         for window in windows(length, context_size=definition.context_size, stride=definition.stride):
             waiting.append(_job(document, number, window))
             if len(waiting) == _READ_AHEAD_WINDOWS:
-                yield from _batches(model, waiting, limit, progress, stop)
+                yield from _batches(model, waiting, limit, progress, stop, ranks)
                 waiting = []
-    yield from _batches(model, waiting, limit, progress, stop)
+    yield from _batches(model, waiting, limit, progress, stop, ranks)
 
 
 def _job(document: Document, number: int, window: Window) -> _Job:
@@ -179,17 +183,19 @@ def _job(document: Document, number: int, window: Window) -> _Job:
 
 
 def _batches(
-    model: Decoder, jobs: Sequence[_Job], limit: BatchLimit, progress: Progress, stop: Callable[[], None]
+    model: Decoder, jobs: Sequence[_Job], limit: BatchLimit, progress: Progress, stop: Callable[[], None], ranks: Ranks
 ) -> Iterator[tuple[_Sums, list[float]]]:
     # The batches depend on the text alone, not on what is already done: a resumed run computes in the same shapes.
     ordered = sorted(jobs, key=lambda job: -len(job.ids))
-    for batch in limit.cut(ordered, longest=lambda job: len(job.ids) - 1, num_sequences=lambda _: 1):
-        known = [value for job in batch if (value := progress.get(job.unit)) is not None and len(value) == 1]
-        reused = len(known) == len(batch)
-        if not reused:
-            stop()
-            scores = score_sequences(model, [job.ids for job in batch], [job.num_scored for job in batch])
-            known = [[-score.log_likelihood] for score in scores]
-            progress.add([(job.unit, value) for job, value in zip(batch, known, strict=True)])
-            stop()
-        yield _Sums(num_windows=len(batch), num_reused=len(batch) if reused else 0), [value[0] for value in known]
+    batches = limit.cut(ordered, longest=lambda job: len(job.ids) - 1, num_sequences=lambda _: 1)
+
+    def is_known(batch: Sequence[_Job]) -> bool:
+        return all(len(progress.get(job.unit) or ()) == 1 for job in batch)
+
+    def score(batch: Sequence[_Job]) -> list[tuple[str, list[float]]]:
+        scores = score_sequences(model, [job.ids for job in batch], [job.num_scored for job in batch])
+        return [(job.unit, [-score.log_likelihood]) for job, score in zip(batch, scores, strict=True)]
+
+    for batch, reused in scored(batches, is_known=is_known, score=score, progress=progress, stop=stop, ranks=ranks):
+        values = [(progress.get(job.unit) or [math.nan])[0] for job in batch]
+        yield _Sums(num_windows=len(batch), num_reused=len(batch) if reused else 0), values

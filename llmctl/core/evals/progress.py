@@ -126,6 +126,10 @@ class Progress:
         if not changed:
             self._rows.update(rows)
 
+    def rows(self) -> list[tuple[str, list[float]]]:
+        """Every finished unit with its numbers."""
+        return list(self._rows.items())
+
     def get(self, unit: str) -> list[float] | None:
         """The numbers of a finished unit."""
         return self._rows.get(unit)

@@ -7,12 +7,14 @@ Cheap mistakes are found first: task files, their data and all prompts are read 
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import IO, Any, cast
 
 import torch
 
 from llmctl.core.checkpoint import LoadedModel, check_tokenizer, load_model, load_model_and_tokenizer, resolve_adapted
 from llmctl.core.config.evaluate import EvaluateConfig
+from llmctl.core.distributed.ranks import Ranks, joined
 from llmctl.core.errors import Interrupted, UsageError
 from llmctl.core.evals import texts
 from llmctl.core.evals.events import Event, ItemScored, ModelReady, Planned, Progressed, TaskScored, TextScored, Warned
@@ -24,6 +26,7 @@ from llmctl.core.evals.perplexity import Definition, combine, score_text
 from llmctl.core.evals.progress import Progress, default_cache_dir, job_key
 from llmctl.core.evals.scoring import score_groups
 from llmctl.core.evals.task import Task, load_task
+from llmctl.core.evals.together import open_progress, scored
 from llmctl.core.evals.tokens import BatchLimit, Prefix, Question, encode_items
 from llmctl.core.model import Decoder
 from llmctl.core.model.device import choose_device, compute_dtype
@@ -59,6 +62,15 @@ def evaluate(
     """
     if not config.texts and not config.task_names:
         raise UsageError("nothing to evaluate: give TEXTFILES, or --tasks NAME with --data DIR")
+    with joined(cuda=choose_device(config.device).type == "cuda", timeout_s=config.rank_timeout) as ranks:
+        if ranks.size > 1 and Path("-") in config.texts:
+            raise UsageError("TEXTFILES: stdin can be read once only, not by several processes; name a file")
+        yield from _evaluate(config, ranks, stop, stdin, environ)
+
+
+def _evaluate(
+    config: EvaluateConfig, ranks: Ranks, own_stop: Callable[[], int | None], stdin: IO[bytes] | None, environ: Mapping[str, str]
+) -> Iterator[Event]:
     prepared = [prepare_task(name, config) for name in config.task_names]
     names = [entry.task.name for entry in prepared]
     if len(set(names)) != len(names):
@@ -83,7 +95,8 @@ def evaluate(
     yield ready
     if loaded.note is not None:
         yield Warned(text=loaded.note)
-    job = _Job(config, loaded.model, tokenizer, Prefix(tokenizer, config.bos), ready, stop, environ)
+    ranks.wait()  # one may have taken longer to load
+    job = _Job(config, loaded.model, tokenizer, Prefix(tokenizer, config.bos), ready, own_stop, environ, ranks)
     if found:
         yield from job.texts(found)
     for entry in prepared:
@@ -141,13 +154,14 @@ class _Job:
         ready: ModelReady,
         stop: Callable[[], int | None],
         environ: Mapping[str, str],
+        ranks: Ranks,
     ) -> None:
         self._config = config
         self._model = model
         self._tokenizer = tokenizer
         self._prefix = prefix
         self._ready = ready
-        self._stop = stop
+        self._stop, self._ranks = ranks.agreed(stop), ranks
         self._limit = batch_limit(config.batch_size, model.device)
         self._bos = None if prefix.token_id is None else tokenizer.token_text(prefix.token_id)
         self._cache_dir = (config.cache_dir or default_cache_dir(environ)) if config.cache else None
@@ -172,7 +186,8 @@ class _Job:
             "batch": [self._limit.num_sequences, self._limit.num_tokens],
             "paths": sorted(data),
         }
-        return Progress.open(self._cache_dir, job_key(settings | facts), data=data, restart=self._config.restart)
+        key = job_key(settings | facts)
+        return open_progress(self._cache_dir, key, data=data, restart=self._config.restart, ranks=self._ranks)
 
     def task(self, prepared: PreparedTask) -> Iterator[Event]:
         """Score one task."""
@@ -206,11 +221,15 @@ class _Job:
                 f"cut on the left, by up to {longest:,} tokens; fewer --num-fewshot would keep them whole"
             )
         scores: dict[int, ItemScore] = {}
-        for batch in batches:
-            if not _all_known(batch, progress):
-                self.check_stop()
-                progress.add(_score_batch(self._model, batch))
-                self.check_stop()  # a signal during the last batch ends the program too, as it would a shell's loop around it
+        together = scored(
+            batches,
+            is_known=lambda batch: _all_known(batch, progress),
+            score=lambda batch: _score_batch(self._model, batch),
+            progress=progress,
+            stop=self.check_stop,
+            ranks=self._ranks,
+        )
+        for batch, _ in together:
             for question in batch:
                 scores[question.item.index] = _item_score(question, progress.get(_unit(question)))
             yield Progressed(name=task.name, num_done=len(scores), num_total=len(questions))
@@ -272,6 +291,7 @@ class _Job:
                     limit=self._limit,
                     progress=progress,
                     stop=self.check_stop,
+                    ranks=self._ranks,
                 )
                 for event in events:
                     if isinstance(event, TextScored):
