@@ -69,10 +69,10 @@ _llmctl() {
             esac
             ;;
         'generate')
-            words='--prompt -p --prompt-file -f --system --preset --set --lines --no-lines --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --interactive --no-interactive --transcript --continue-from --continue --model -m --adapter --adapter-path --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --json-schema --regex --choice --grammar --logprobs --code --no-code --stats --no-stats --input -i --output -o --overwrite --no-overwrite --ordered --no-ordered --shard --merge --no-merge --batch-size -b --batch-tokens --device --dtype --precision --quant --executor --kv-dtype --threads --verify-cache --no-verify-cache --speculate --draft-model --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--prompt -p --prompt-file -f --system --preset --set --lines --no-lines --chat --raw --chat-template --allow-special --no-allow-special --truncate --echo --no-echo --show-prompt --no-show-prompt --interactive --no-interactive --transcript --continue-from --continue --model -m --adapter --adapter-path --tokenizer --max-new-tokens -n --max-tokens --min-new-tokens --ignore-eos --no-ignore-eos --temperature -t --temp --top-k --top-p --min-p --repetition-penalty --presence-penalty --frequency-penalty --stop --seed --num-samples --best-of --num-beams --length-penalty --early-stopping --json-schema --regex --choice --grammar --logprobs --code --no-code --stats --no-stats --input -i --output -o --overwrite --no-overwrite --ordered --no-ordered --shard --merge --no-merge --batch-size -b --batch-tokens --device --dtype --precision --quant --executor --kv-dtype --threads --nproc --verify-cache --no-verify-cache --speculate --draft-model --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='any'
             case $prev in
-                --prompt|-p|--system|--preset|--set|--adapter|--adapter-path|--max-new-tokens|-n|--max-tokens|--min-new-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--best-of|--num-beams|--length-penalty|--json-schema|--regex|--choice|--grammar|--logprobs|--shard|--batch-size|-b|--batch-tokens|--threads|--speculate|--draft-model) values='any' ;;
+                --prompt|-p|--system|--preset|--set|--adapter|--adapter-path|--max-new-tokens|-n|--max-tokens|--min-new-tokens|--temperature|-t|--temp|--top-k|--top-p|--min-p|--repetition-penalty|--presence-penalty|--frequency-penalty|--stop|--seed|--num-samples|--best-of|--num-beams|--length-penalty|--json-schema|--regex|--choice|--grammar|--logprobs|--shard|--batch-size|-b|--batch-tokens|--threads|--nproc|--speculate|--draft-model) values='any' ;;
                 --prompt-file|-f|--chat-template|--transcript|--continue-from|--continue|--model|-m|--tokenizer|--input|-i|--output|-o|--config|-c) values='file' ;;
                 --truncate) values='left right' ;;
                 --early-stopping) values='true false never' ;;
@@ -84,11 +84,11 @@ _llmctl() {
             esac
             ;;
         'eval')
-            words='--model -m --adapter --adapter-path --tokenizer --bos --seq-len --max-seq-length --stride --field --split --tasks --data --limit --num-fewshot --seed --output -o --log-samples --overwrite --no-overwrite --fail-under --cache --no-cache --cache-dir --restart --no-restart --batch-size -b --device --dtype --precision --quant --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--model -m --adapter --adapter-path --tokenizer --bos --seq-len --max-seq-length --stride --field --split --tasks --data --limit --num-fewshot --seed --output -o --log-samples --overwrite --no-overwrite --fail-under --cache --no-cache --cache-dir --restart --no-restart --batch-size -b --device --dtype --precision --quant --threads --nproc --rank-timeout --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
                 --model|-m|--tokenizer|--output|-o|--log-samples|--config|-c) values='file' ;;
-                --adapter|--adapter-path|--seq-len|--max-seq-length|--stride|--field|--tasks|--limit|--num-fewshot|--seed|--fail-under|--batch-size|-b|--threads) values='any' ;;
+                --adapter|--adapter-path|--seq-len|--max-seq-length|--stride|--field|--tasks|--limit|--num-fewshot|--seed|--fail-under|--batch-size|-b|--threads|--nproc|--rank-timeout) values='any' ;;
                 --bos) values='auto yes no' ;;
                 --split) values='train val' ;;
                 --data|--cache-dir) values='dir' ;;

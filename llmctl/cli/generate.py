@@ -42,9 +42,10 @@ def register(app: typer.Typer) -> None:
 def run(config: GenerateConfig, shell: Shell) -> None:
     """Run the command."""
     if config.input is not None:
-        from llmctl.cli.generate_batch import run_job
+        from llmctl.cli.generate_batch import run_job, run_processes
 
-        run_job(config, shell)
+        if not run_processes(config, shell):
+            run_job(config, shell)
         return
     if config.merge:
         from llmctl.cli.generate_batch import run_merge

@@ -15,6 +15,7 @@ from typing import IO, TYPE_CHECKING, Any
 from llmctl.cli.generate import draw_seed, open_generator
 from llmctl.cli.generate_constraint import read_constraint, recorded
 from llmctl.cli.generate_stats import Stats
+from llmctl.cli.launch import is_launched, start_ranks
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import out, stdin_lines
@@ -37,6 +38,8 @@ _NUM_TOLD = 3
 def run_job(config: GenerateConfig, shell: Shell) -> None:
     """Answer every row of the input."""
     shard = config.shard_numbers or torchrun_shard(os.environ)
+    if is_launched(os.environ) and shard is not None and shard[0] > 1:
+        shell.quiet = True  # the first process draws
     in_path, out_path = _check_files(config, shard)
     if shard is not None and config.seed is None and config.temperature != 0:
         raise UsageError("torchrun's ranks need --seed (or --temperature 0), so that all draw from the same one")
@@ -79,6 +82,17 @@ def run_job(config: GenerateConfig, shell: Shell) -> None:
             wanted = sharded(wanted, shard)
         is_shard = shard is not None and results is not None
         _answer(config, shell, generator, wanted, seed, results, num_lines, stats, constraint, is_shard=is_shard)
+
+
+def run_processes(config: GenerateConfig, shell: Shell) -> bool:
+    """With --nproc, answer the rows in several processes and join their shards; False where this process is to do the work."""
+    path = Path(str(config.output))
+    if config.nproc is not None and config.nproc > 1 and not is_launched(os.environ) and path.exists() and not config.overwrite:
+        raise UsageError(f"--output {path}: is there already; choose another name, or use --overwrite")
+    if not start_ranks(config.nproc, threads=config.threads):
+        return False
+    run_merge(config, shell)
+    return True
 
 
 def torchrun_shard(environ: Mapping[str, str]) -> tuple[int, int] | None:
@@ -255,11 +269,14 @@ def _conclude(
         )
         raise Interrupted(f"interrupted; {kept}", signal_number=signal_number)
     num_good = summary.num_done + summary.num_skipped
+    launched = is_launched(os.environ)  # the launcher tells what failed of all shards, and must not take one for broken
+    if num_good + summary.num_failed == 0 and launched:
+        return  # fewer rows than processes
     if num_good + summary.num_failed == 0:
         raise InputError(f"--input {config.input}: holds no rows; each line is a JSON object with a prompt or messages")
     rate = summary.num_new_tokens / elapsed_s if elapsed_s > 0 else 0.0
     shell.note(f"{summary.num_done:,} done, {summary.num_failed:,} failed; {summary.num_new_tokens:,} tokens, {rate:,.1f} a second")
-    if summary.num_failed == 0:
+    if summary.num_failed == 0 or launched:
         return
     where = f"{results.errors_path} lists them" if results is not None else "their rows say why"
     if num_good == 0:

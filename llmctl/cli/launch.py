@@ -2,6 +2,14 @@
 
 import os
 import sys
+from collections.abc import Mapping
+
+
+def is_launched(environ: Mapping[str, str]) -> bool:
+    """Whether `--nproc` started this process."""
+    from llmctl.core.distributed.place import LAUNCHED
+
+    return LAUNCHED in environ
 
 
 def start_ranks(num_processes: int | None, *, threads: int | None) -> bool:

@@ -19,6 +19,16 @@ from tests.tiny_data import make_packed
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/task").is_dir(), reason="the ranks are found through Linux's /proc")
 
+TASK = """
+name = "kings"
+kind = "multiple_choice"
+dataset = ["rows.jsonl"]
+context = "{{ q }}"
+choices = ["{{ a[0] }}", "{{ a[1] }}", "{{ a[2] }}"]
+gold = "{{ gold }}"
+metrics = ["acc", "acc_norm"]
+"""
+
 ENVIRONMENT = {**os.environ, "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
 
 
@@ -190,3 +200,48 @@ def test_a_master_that_is_not_there_is_one_line_in_time(packed: Path, tmp_path: 
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("llmctl: error: rank 0 of 2 cannot meet the others at 127.0.0.1:")
     assert not (tmp_path / "run").exists()
+
+
+def run_twice(tmp_path: Path, *command: str) -> None:
+    """The same command in one process and in two, with {} for the name of its output."""
+    for name, more in (("one", ()), ("two", ("--nproc", "2"))):
+        done = start("llmctl", *(part.format(tmp_path / name) for part in command), "--threads", "1", "--device", "cpu", *more)
+        code, _, errors = ended(done)
+        assert code == 0, errors
+
+
+def test_eval_gives_the_same_numbers_for_any_number_of_processes(tmp_path: Path) -> None:
+    texts = [tmp_path / f"{name}.txt" for name in ("first", "second")]
+    for number, text in enumerate(texts):
+        text.write_text("Once upon a time there was a king who had a daughter. " * (40 + 30 * number), encoding="utf-8")
+    task = tmp_path / "task.toml"
+    rows = [{"q": f"The king number {i} had", "a": ["a crown", "the an of", f"gold {i}"], "gold": i % 3} for i in range(9)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    task.write_text(TASK, encoding="utf-8")
+    run_twice(
+        tmp_path,
+        "eval",
+        *map(str, texts),
+        "--tasks",
+        str(task),
+        "--no-cache",
+        "--batch-size",
+        "4",
+        "--seq-len",
+        "64",
+        "--output",
+        "{}.json",
+    )
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert two["results"] == one["results"]
+    assert len(one["results"]) == 4  # both texts, all texts, the task
+
+
+@pytest.mark.slow
+def test_a_batch_in_two_processes_is_that_of_one(tmp_path: Path) -> None:
+    rows = [{"id": f"row {i}", "prompt": f"Once upon a time {i} kings"} for i in range(5)]
+    (tmp_path / "rows.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    batch = ("generate", "--input", str(tmp_path / "rows.jsonl"), "--output", "{}.jsonl", "--seed", "3", "-n", "8", "--ordered")
+    run_twice(tmp_path, *batch)
+    one, two = ([json.loads(line) for line in (tmp_path / f"{name}.jsonl").read_text().splitlines()] for name in ("one", "two"))
+    assert [(row["id"], row["text"]) for row in two] == [(row["id"], row["text"]) for row in one]

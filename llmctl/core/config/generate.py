@@ -5,7 +5,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmctl.core.config.fields import check_fields, option
+from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.errors import UsageError
 
 _PROMPT, _TALK, _MODEL, _CHOICE, _STRUCTURE, _OUTPUT, _BATCH, _MACHINE = (
@@ -226,6 +227,11 @@ class GenerateConfig:
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    nproc: int | None = option_like(
+        PretrainConfig,
+        "nproc",
+        help="Batch: processes of this machine that share the rows, one a GPU; their results are joined. [default: 1]",
+    )
     verify_cache: bool = option(
         False,
         "Check the packed weights that are kept for the model against their hashes, remove damaged ones, and stop.",
@@ -250,10 +256,14 @@ class GenerateConfig:
             self._refuse_beside("--input", ("text", "prompt", "prompt_file", "echo", "lines"), "the rows hold the prompts")
             self._refuse_beside("--input", ("code",), "a row holds the whole text")
             self._refuse_beside("--input", ("merge",), "the shards hold their rows")
+            if self.nproc is not None and self.nproc > 1:
+                self._check_processes()
             if self.shard_numbers is not None and self.seed is None and self.temperature != 0:
                 raise UsageError("--shard needs --seed (or --temperature 0), so that all shards draw from the same one")
         elif self.merge:
             self._check_merge()
+        elif self.nproc is not None and self.nproc > 1:
+            raise UsageError("--nproc needs --input: processes share the rows of a batch")
         elif self.ordered or self.shard is not None:
             raise UsageError(f"--{'ordered' if self.ordered else 'shard'} needs --input: it is about the rows of a batch")
         elif self.output is not None:
@@ -314,6 +324,13 @@ class GenerateConfig:
         if not (re.fullmatch("[0-9]{1,4}", self.speculate) and 1 <= int(self.speculate) <= _MOST_DRAFTS):
             raise UsageError(f"--speculate {self.speculate}: auto, off, or a number of tokens from 1 to {_MOST_DRAFTS} is wanted")
         return int(self.speculate)
+
+    def _check_processes(self) -> None:
+        self._refuse_beside("--nproc", ("shard",), "each process takes a shard")
+        if self.input == "-" or self.output in (None, "-"):
+            raise UsageError("--nproc needs files for --input and --output: the processes share one and write shards of the other")
+        if self.seed is None and self.temperature != 0:
+            raise UsageError("--nproc needs --seed (or --temperature 0), so that all processes draw from the same one")
 
     def _check_merge(self) -> None:
         self._refuse_beside("--merge", ("text", "prompt", "prompt_file", "lines", "shard", "ordered"), "it joins what is there")

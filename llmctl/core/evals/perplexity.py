@@ -91,7 +91,7 @@ def score_text(
     limit: BatchLimit,
     progress: Progress,
     stop: Callable[[], None],
-    ranks: Ranks,
+    ranks: Ranks | None = None,
 ) -> Iterator[Progressed | TextScored]:
     """Score `documents` and end with their TextScored. `stop` is called between batches and may raise.
 
@@ -99,7 +99,7 @@ def score_text(
     """
     sums = _Sums()
     nlls: list[float] = []
-    for piece, values in _pieces(model, documents, definition, limit, progress, stop, ranks):
+    for piece, values in _pieces(model, documents, definition, limit, progress, stop, ranks or Ranks()):
         sums += piece
         nlls += values
         yield Progressed(name=name, num_done=sums.num_windows, num_total=None)

@@ -399,7 +399,7 @@ def test_a_full_disk_keeps_the_old_checkpoints_and_leaves_no_rest(settings: dict
 
 
 def test_on_full_wait_tries_again(settings: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("llmctl.core.train.saving._FULL_DISK_PAUSE_S", 0.01)
+    monkeypatch.setattr("llmctl.core.train.saving._FULL_DISK_POLLS", 0)
     fill_disk(monkeypatch, saves={1, 2})
     events = run({**settings, "on_full": "wait"})
     assert sum("waiting for room" in w.message for w in of(Warned, events)) == 2
