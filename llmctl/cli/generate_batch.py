@@ -6,7 +6,7 @@ import stat
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import asdict
 from pathlib import Path
@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from llmctl.core.infer.rows import BadRow, Row
 
 _LATER = ("quant", "kv_dtype", "best_of", "logprobs", "ignore_eos", "min_new_tokens")
+_TELL_EVERY_S = 30.0
 _NUM_TOLD = 3
 """So many failures are told on stderr; all of them stand in the errors file."""
 
@@ -186,8 +187,8 @@ def _job(config: GenerateConfig, generator: "Generator", input_hash: str) -> dic
 def _tell_state(results: "ResultFile", shell: Shell) -> None:
     if results.num_torn_bytes:
         shell.warn(f"{results.path}: cut off {results.num_torn_bytes:,} bytes of a row that was not whole; it is made again")
-    if results.done:
-        shell.note(f"{results.path} has {len(results.done):,} results; going on with the rest")
+    if results.num_results:
+        shell.note(f"{results.path} has {results.num_results:,} results; going on with the rest")
 
 
 def _answer(
@@ -223,7 +224,9 @@ def _answer(
     )
     first_error, num_failed, num_prompt_tokens, started_s = "", 0, 0, time.monotonic()
     stats.start()
-    with stop_flag() as stop, _Progress(shell, num_lines, config.num_samples, len(results.done) if results else 0) as progress:
+    num_before = 0 if results is None else results.num_results
+    progress = Progress(shell, num_lines, config.num_samples, num_before, results_on_stdout=results is None)
+    with stop_flag() as stop, progress:
         for event in run_batch(rows, generator, settings, results=results, stop=stop):
             if isinstance(event, RowDone):
                 progress.row(event.num_new_tokens, event.num_texts)
@@ -265,7 +268,9 @@ def _conclude(
         shell.warn(f"{summary.num_cut:,} prompts were too long and were cut on the {config.truncate}; their results say num_cut")
     if signal_number is not None:
         kept = (
-            f"{results.path} holds {len(results.done):,} results; run the same command to go on" if results is not None else "rows are left"
+            f"{results.path} holds {results.num_results:,} results; run the same command to go on"
+            if results is not None
+            else "rows are left"
         )
         raise Interrupted(f"interrupted; {kept}", signal_number=signal_number)
     num_good = summary.num_done + summary.num_skipped
@@ -284,17 +289,31 @@ def _conclude(
     raise PartialFailure(f"{summary.num_failed:,} of {num_good + summary.num_failed:,} rows failed; {where}")
 
 
-class _Progress:
-    """Rows, tokens a second and the time left, on a terminal's stderr; nothing elsewhere."""
+class Progress:
+    """Rows, tokens a second and the time left on stderr: a bar on a terminal, elsewhere a line every half minute.
 
-    def __init__(self, shell: Shell, num_lines: int | None, num_samples: int, num_done: int) -> None:
-        self._shell, self._num_done = shell, num_done
+    No bar is drawn where the results go to a terminal, among which it would stand. `now_s` is a clock that never goes back.
+    """
+
+    def __init__(
+        self,
+        shell: Shell,
+        num_lines: int | None,
+        num_samples: int,
+        num_done: int,
+        *,
+        results_on_stdout: bool = False,
+        now_s: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self._results_on_stdout = results_on_stdout
+        self._shell, self._num_before, self._num_done, self._now_s = shell, num_done, num_done, now_s
         self._total = None if num_lines is None else num_lines * num_samples
-        self._num_tokens, self._started_s = 0, time.monotonic()
+        self._num_tokens = 0
+        self._started_s = self._told_s = now_s()
         self._bar: Any = None
 
-    def __enter__(self) -> "_Progress":
-        if self._shell.live:
+    def __enter__(self) -> "Progress":
+        if self._shell.live and not (self._results_on_stdout and out.is_terminal):
             from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
 
             self._bar = self._shell.progress(
@@ -307,9 +326,22 @@ class _Progress:
     def row(self, num_tokens: int, num_texts: int) -> None:
         """One more result, which stands for so many texts."""
         self._num_tokens += num_tokens
+        self._num_done += num_texts
+        now_s = self._now_s()
         if self._bar is not None:
-            rate = self._num_tokens / max(time.monotonic() - self._started_s, 1e-6)
+            rate = self._num_tokens / max(now_s - self._started_s, 1e-6)
             self._bar.update(self._task, advance=num_texts, rate=f"{rate:,.1f} tokens/s")
+        elif now_s - self._told_s >= _TELL_EVERY_S:
+            self._told_s = now_s
+            self._shell.note(self._line(now_s - self._started_s))
+
+    def _line(self, elapsed_s: float) -> str:
+        of, left = "", ""
+        if self._total is not None:
+            of = f" of {self._total:,}"
+            seconds = round(elapsed_s * (self._total - self._num_done) / max(self._num_done - self._num_before, 1))
+            left = f", about {seconds // 3600}:{seconds // 60 % 60:02}:{seconds % 60:02} left"
+        return f"{self._num_done:,}{of} rows, {self._num_tokens / elapsed_s:,.1f} tokens/s{left}"
 
     def __exit__(self, *_: object) -> None:
         if self._bar is not None:

@@ -23,7 +23,7 @@ _FSYNC_EVERY_S = 1.0
 
 
 class ResultFile:
-    """An open, locked result file. `done` holds the (id, sample) keys of the rows that it has."""
+    """An open, locked result file of `num_results` rows. `done` holds the (id, sample) keys of those of earlier runs."""
 
     def __init__(self, path: Path, *, overwrite: bool = False) -> None:
         """Open and lock `path`. Raises UsageError when it cannot be written to, LockedError when another job holds it."""
@@ -31,6 +31,7 @@ class ResultFile:
         self.job_path = job_path_of(self.path)
         self.errors_path = errors_path_of(self.path)
         self.done: set[str] = set()
+        self.num_results = 0
         self.num_torn_bytes = 0
         self._errors_fd: int | None = None
         self._dirty = False
@@ -88,6 +89,7 @@ class ResultFile:
                         raise InputError(f"{self.path}: line {number} is not a result row; repair it, or use --overwrite to begin anew")
                     break
                 self.done.add(key_of(row))
+                self.num_results += 1
                 good += len(line)
         self.num_torn_bytes = os.fstat(self._fd).st_size - good
         if self.num_torn_bytes:
@@ -97,7 +99,7 @@ class ResultFile:
     def append(self, row: Mapping[str, Any]) -> None:
         """Add a result row; it is in the system's hands at once and on the disk within a second or so. Raises WriteError."""
         self._append(self._fd, row, self.path)
-        self.done.add(key_of(row))
+        self.num_results += 1
 
     def append_error(self, row: Mapping[str, Any]) -> None:
         """Add a row to the errors file. Raises WriteError."""
