@@ -109,7 +109,7 @@ _llmctl() {
             esac
             ;;
         'tokenize')
-            words='train encode decode count pack verify -h --help'
+            words='train encode decode count pack merge verify -h --help'
             ;;
         'tokenize train')
             words='--out-dir -o --output-dir --overwrite --no-overwrite --vocab-size --kind --pattern --special-token --chat --no-chat --chat-template --min-frequency --format --field --on-error --max-line-bytes --sample-bytes --seed --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
@@ -153,16 +153,24 @@ _llmctl() {
             esac
             ;;
         'tokenize pack')
-            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --shard --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
                 --tokenizer|--val-data|--config|-c) values='file' ;;
                 --out-dir|-o|--output-dir) values='dir' ;;
                 --format) values='text lines paragraphs jsonl' ;;
-                --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers) values='any' ;;
+                --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers|--shard) values='any' ;;
                 --on-error) values='stop skip' ;;
                 --val-by) values='hash tail' ;;
                 --encoder) values='auto tokenizers' ;;
+            esac
+            ;;
+        'tokenize merge')
+            words='--out-dir -o --output-dir --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            argument='dir'
+            case $prev in
+                --out-dir|-o|--output-dir) values='dir' ;;
+                --config|-c) values='file' ;;
             esac
             ;;
         'tokenize verify')

@@ -320,6 +320,7 @@ complete -c llmctl -n '__llmctl_at \'tokenize\'' -a encode -d 'Turn text into id
 complete -c llmctl -n '__llmctl_at \'tokenize\'' -a decode -d 'Turn ids into text: one line in, one line out, as it comes'
 complete -c llmctl -n '__llmctl_at \'tokenize\'' -a count -d 'Count tokens, bytes, characters and documents of text'
 complete -c llmctl -n '__llmctl_at \'tokenize\'' -a pack -d 'Encode a corpus into token shards for `llmctl pretrain`'
+complete -c llmctl -n '__llmctl_at \'tokenize\'' -a merge -d 'Join packed folders into one'
 complete -c llmctl -n '__llmctl_at \'tokenize\'' -a verify -d 'Check a packed folder to the last byte: sizes, hashes, headers, ids and document ends'
 complete -c llmctl -n '__llmctl_at \'tokenize\'' -s h -l help -d 'Show this message and exit'
 complete -c llmctl -n '__llmctl_at \'tokenize train\'' -F
@@ -410,6 +411,7 @@ complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l split-seed -x -d 'Key o
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l shard-tokens -x -d 'Ids in a full shard'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l workers -x -d 'Processes that encode; the result is the same for any number'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l encoder -x -a 'auto tokenizers' -d 'auto: gigatoken where its ids are proven equal to those of tokenizers on a sample as it goes, else tokenizers'
+complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l shard -x -d 'Pack part I of N, on one of N machines; `llmctl tokenize merge` joins the parts into what one would have packed'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l overwrite -d 'Replace what an earlier, different packing left in the folder'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l no-overwrite -d 'The opposite of --overwrite'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l config -s c -r -F -d 'Read settings from a TOML file'
@@ -419,6 +421,15 @@ complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l quiet -s q -d 'No notes
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l verbose -s v -d 'More notes on stderr'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l debug -d 'A traceback with every error'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -s h -l help -d 'Show this message and exit'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -F
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l out-dir -s o -l output-dir -x -a '(__fish_complete_directories)' -d 'Folder to make'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l config -s c -r -F -d 'Read settings from a TOML file'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l print-config -d 'Show each setting and where it came from, then stop'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l json -d 'Results as JSON on stdout'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l quiet -s q -d 'No notes and no progress; warnings stay'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l verbose -s v -d 'More notes on stderr'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -l debug -d 'A traceback with every error'
+complete -c llmctl -n '__llmctl_at \'tokenize merge\'' -s h -l help -d 'Show this message and exit'
 complete -c llmctl -n '__llmctl_at \'tokenize verify\'' -F
 complete -c llmctl -n '__llmctl_at \'tokenize verify\'' -l config -s c -r -F -d 'Read settings from a TOML file'
 complete -c llmctl -n '__llmctl_at \'tokenize verify\'' -l print-config -d 'Show each setting and where it came from, then stop'

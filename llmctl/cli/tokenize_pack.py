@@ -12,7 +12,7 @@ from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import out
-from llmctl.core.config.pack import PackConfig, VerifyConfig
+from llmctl.core.config.pack import MergeConfig, PackConfig, VerifyConfig
 from llmctl.core.errors import InputError, PartialFailure
 from llmctl.core.files import check_out_dir
 
@@ -25,6 +25,10 @@ Reads .txt, .md and .jsonl files, also with .gz or .zst, folders of them, glob p
 with the tokenizer's end-of-text id; an empty document is that id alone. The folder gets shards of a fixed number of ids,
 a manifest with sizes and hashes, and a copy of the tokenizer. A run stopped in any way goes on when the same command is
 given again, and the bytes are the same for any number of workers and any interruption."""
+MERGE_HELP = """Join packed folders into one.
+
+The parts of a packing (`pack --shard I/N`) become, in their order, the ids that one machine would have packed; other folders
+of the same tokenizer are joined in the order given. Every file is checked while it is copied."""
 VERIFY_HELP = """Check a packed folder to the last byte: sizes, hashes, headers, ids and document ends.
 
 Names everything that is damaged; nothing is changed."""
@@ -33,6 +37,7 @@ Names everything that is damaged; nothing is changed."""
 def register(app: typer.Typer) -> None:
     """Add the commands to `llmctl tokenize`."""
     add_command(app, name="pack", command="tokenize pack", config=PackConfig, run=pack, help=PACK_HELP)
+    add_command(app, name="merge", command="tokenize merge", config=MergeConfig, run=merge, help=MERGE_HELP)
     add_command(app, name="verify", command="tokenize verify", config=VerifyConfig, run=verify, help=VERIFY_HELP)
 
 
@@ -114,6 +119,27 @@ def _show_split(name: str, split: "SplitSummary", shell: Shell) -> None:
     ratio = f", {split.num_bytes / split.num_tokens:.3f} bytes a token" if split.num_tokens else ""
     documents = "1 document" if split.num_documents == 1 else f"{split.num_documents:,} documents"
     shell.note(f"{name:5}  {documents}, {split.num_tokens:,} tokens, {split.num_bytes:,} bytes of text{ratio}")
+
+
+def merge(config: MergeConfig, shell: Shell) -> None:
+    """Run `llmctl tokenize merge`."""
+    check_out_dir(Path(str(config.out_dir)))
+    from llmctl.core.data import merge as core
+
+    done: core.Merged | None = None
+    with stop_flag() as stop, shell.progress(*_columns()) as progress:
+        task = progress.add_task("joining", total=None)
+        for event in core.merge(config.directories, Path(str(config.out_dir)), stop=stop):
+            if isinstance(event, core.MergeProgress):
+                progress.update(task, completed=event.num_bytes_done, total=event.num_bytes)
+            else:
+                done = event
+    assert done is not None
+    if shell.json:
+        out.line(json.dumps(dataclasses.asdict(done), ensure_ascii=False))
+    shards = "1 shard" if done.num_shards == 1 else f"{done.num_shards} shards"
+    what = f"{shards}, {done.num_documents:,} documents, {done.num_tokens:,} tokens"
+    shell.note(f"{done.directory}: {done.num_folders} folders joined; {what}")
 
 
 def verify(config: VerifyConfig, shell: Shell) -> None:

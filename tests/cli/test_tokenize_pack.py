@@ -288,3 +288,21 @@ def test_a_kill_at_a_system_call_leaves_what_the_same_command_completes(
     assert pack(*arguments, "-o", tmp_path / "whole").returncode == 0
     assert shards(tmp_path / "out") == shards(tmp_path / "whole")
     assert llmctl("tokenize", "verify", tmp_path / "out").returncode == 0
+
+
+@pytest.mark.slow
+def test_five_gigabytes_pass_through_a_gigabyte(tmp_path: Path) -> None:
+    """Text made as `yes` makes it, through a pipe, into a packer and two workers of which none may have more address space."""
+    folder = Path(os.environ.get("LLMCTL_TEST_DATA", "/nonexistent")) / "tokenizers" / "gpt2"
+    if not folder.is_dir() or shutil.which("prlimit") is None:
+        pytest.skip("needs $LLMCTL_TEST_DATA and prlimit")
+    num_bytes = 5_000_000_000
+    line = "The quick brown fox jumps over the lazy dog, 1234 times; então выпей чаю."
+    out = tmp_path / "out"
+    options = f"--format lines --val-fraction 0 --workers 2 --tokenizer {folder} -o {out} --json"
+    pack = f"prlimit --as={1 << 30} {sys.executable} -m llmctl tokenize pack - {options}"
+    done = subprocess.run(["bash", "-c", f"yes '{line}' | head -c {num_bytes} | {pack}"], capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["train"]["num_bytes"] > 0.98 * num_bytes, "all but the ends of lines"
+    shutil.rmtree(out)

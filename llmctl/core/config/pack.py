@@ -64,6 +64,12 @@ class PackConfig:
         "auto: gigatoken where its ids are proven equal to those of tokenizers on a sample as it goes, else tokenizers.",
         choices=("auto", "tokenizers"),
     )
+    shard: str | None = option(
+        None,
+        "Pack part I of N, on one of N machines; `llmctl tokenize merge` joins the parts into what one would have packed.",
+        panel=_INPUT,
+        metavar="I/N",
+    )
     overwrite: bool = option(False, "Replace what an earlier, different packing left in the folder.", panel=_OUTPUT)
 
     def __post_init__(self) -> None:
@@ -74,6 +80,7 @@ class PackConfig:
             raise UsageError("--tokenizer is missing: a model folder or a tokenizer.json; make one with `llmctl tokenize train`")
         if self.out_dir is None:
             raise UsageError("--out-dir is missing: the folder for the token shards")
+        _ = self.shard_numbers
         if self.separator is not None:
             if self.format not in (None, "text"):
                 raise UsageError(f"--separator goes with --format text, not with --format {self.format}")
@@ -85,6 +92,31 @@ class PackConfig:
             raise UsageError("--val-data names the validation text, so --val-fraction and --val-by cannot be given too")
         if self.val_by == "tail" and self.val_fraction == 0:
             raise UsageError("--val-by tail needs a --val-fraction above 0")
+
+    @property
+    def shard_numbers(self) -> tuple[int, int] | None:
+        """--shard I/N as (I - 1, N)."""
+        if self.shard is None:
+            return None
+        index, _, count = self.shard.partition("/")
+        if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and 1 <= int(index) <= int(count)):
+            raise UsageError(f"--shard {self.shard}: I/N is wanted, I from 1 to N, for instance 2/4")
+        return int(index) - 1, int(count)
+
+
+@dataclass(frozen=True)
+class MergeConfig:
+    """Which packed folders to join."""
+
+    directories: tuple[Path, ...] = option((), "Folders that `llmctl tokenize pack` wrote.", positional=True, metavar="DIR...")
+    out_dir: Path | None = option(None, "Folder to make.", "-o", "--output-dir", metavar="DIR")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        if not self.directories:
+            raise UsageError("DIR is missing: the packed folders to join")
+        if self.out_dir is None:
+            raise UsageError("--out-dir is missing: the folder to make")
 
 
 @dataclass(frozen=True)

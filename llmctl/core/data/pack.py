@@ -18,10 +18,11 @@ from llmctl.core.data.encoders import UnequalError
 from llmctl.core.data.packevents import Packed, PackEvent, PackPlanned, PackWarned, SplitSummary
 from llmctl.core.data.packfolder import PackFolder
 from llmctl.core.data.packrun import PackRun, total_bytes
+from llmctl.core.data.sharding import part_of
 from llmctl.core.data.shards import id_dtype
 from llmctl.core.data.sources import STDIN, Format, Source, find_sources
 from llmctl.core.data.worker import Encoders, open_encoders
-from llmctl.core.errors import LlmctlError, UsageError, WriteError
+from llmctl.core.errors import InputError, LlmctlError, UsageError, WriteError
 from llmctl.core.files import check_out_dir
 
 if TYPE_CHECKING:
@@ -66,6 +67,12 @@ def pack(
         raise UsageError("stdin is closed, but `-` names it as an input; pipe something in or name a file")
     tokenizer = tokenizer or Tokenizer.load(Path(config.tokenizer))
     split = split_rule(config, sources)
+    if config.shard_numbers is not None:
+        train = part_of(sources[:num_train_sources], *config.shard_numbers)
+        sources = [*train, *part_of(sources[num_train_sources:], *config.shard_numbers)]
+        num_train_sources = len(train)
+        if not train:
+            raise InputError(f"--shard {config.shard}: nothing of this input begins in that part; divide it among fewer")
     framing_ids(tokenizer, add_bos=config.add_bos, where=Path(config.tokenizer))  # so that a tokenizer without an end is refused early
     rules = EncodeRules(
         field=config.field,
@@ -142,7 +149,7 @@ def split_rule(config: PackConfig, sources: list[Source]) -> SplitRule:
 
 def plan_of(config: PackConfig, sources: list[Source], num_train_sources: int, split: SplitRule, tokenizer: "Tokenizer") -> dict[str, Any]:
     """Everything that decides the bytes of the result, as JSON. An interrupted run goes on only under the same plan."""
-    return {
+    plan: dict[str, Any] = {
         "tokenizer_fingerprint": tokenizer.fingerprint,
         "vocab_size": tokenizer.vocab_size,
         "sources": [
@@ -151,6 +158,7 @@ def plan_of(config: PackConfig, sources: list[Source], num_train_sources: int, s
                 "num_bytes": source.num_bytes,
                 "format": source.format,
                 "is_val": number >= num_train_sources,
+                **({} if source.start is None else {"start": source.start}),
             }
             for number, source in enumerate(sources)
         ],
@@ -163,6 +171,7 @@ def plan_of(config: PackConfig, sources: list[Source], num_train_sources: int, s
         "max_line_bytes": config.max_line_bytes,
         "shard_tokens": config.shard_tokens,
     }
+    return plan if config.shard is None else {**plan, "shard": config.shard}
 
 
 def _num_workers(config: PackConfig, sources: list[Source]) -> int:

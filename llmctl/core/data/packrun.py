@@ -23,6 +23,7 @@ from llmctl.core.data.encode import EncodedPiece, EncoderNote, Segment
 from llmctl.core.data.packevents import PackEvent, PackProgress, PackWarned, ShardWritten
 from llmctl.core.data.packfolder import PackFolder, ShardPlace
 from llmctl.core.data.records import RecordError
+from llmctl.core.data.sharding import lines_before
 from llmctl.core.data.shards import ShardWriter, id_dtype
 from llmctl.core.data.sources import Source
 from llmctl.core.data.worker import Encoders, PieceBatch
@@ -247,7 +248,11 @@ class PackRun:
         return ShardWritten(shard.name, shard.num_tokens, shard.num_bytes)
 
     def _note(self, error: RecordError) -> None:
-        name = self._sources[error.source].name
+        source = self._sources[error.source]
+        name = source.name
+        if source.start:  # lines are numbered from where the part begins
+            line = error.line + lines_before(source)
+            error = dataclasses.replace(error, line=line, reason=error.reason.replace(f"line {error.line} ", f"line {line} ", 1))
         if self._config.on_error == "stop":
             where = error.reason if error.reason.startswith("line ") else f"line {error.line}: {error.reason}"
             raise InputError(f"{name}: {where}; mend it, or leave such records out with --on-error skip")

@@ -8,7 +8,7 @@ import gzip
 import io
 import os
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, Literal, Protocol
@@ -36,12 +36,25 @@ _UTF8_MARK = b"\xef\xbb\xbf"
 
 @dataclass(frozen=True)
 class Source:
-    """One file of a corpus, or stdin (`path` is None). `num_bytes` as it lies on the disk, None for a pipe."""
+    """One file of a corpus, or `num_bytes` of it from `start` on, or stdin (`path` is None). `num_bytes` as it lies on the
+    disk, None for a pipe."""
 
     name: str
     path: Path | None
     format: Format
     num_bytes: int | None
+    start: int | None = None
+    """None for the whole file."""
+
+
+def is_compressed(path: Path) -> bool:
+    """Whether the content of a file says that it is compressed, or its name."""
+    try:
+        with open(path, "rb") as file:
+            magic = file.read(4)
+    except OSError:
+        magic = b""  # whoever reads it says what is wrong
+    return path.suffix.lower() in _COMPRESSED_SUFFIXES or magic.startswith(_GZIP_MAGIC) or magic == _ZSTD_MAGIC
 
 
 def find_sources(inputs: Sequence[str], *, format: Format | None = None, exclude: Path | None = None) -> list[Source]:
@@ -139,9 +152,13 @@ class OpenSource:
         else:
             raise UsageError("stdin is closed, but `-` names it as an input; pipe something in or name a file")
         try:
-            self._raw = _CountingReader(self._file)
-            self._stream = self._decompressing()
-            self._pending = self._skip_mark()
+            if source.start:
+                self._file.seek(source.start)
+                self.offset = source.start
+            self._raw = _CountingReader(self._file, None if source.start is None else source.num_bytes)
+            # A part from the middle of a file begins with a line: neither a mark nor compressed data.
+            self._stream = _Plain(io.BufferedReader(self._raw, 1 << 18)) if source.start else self._decompressing()
+            self._pending = b"" if source.start else self._skip_mark()
         except BaseException:
             self.close()
             raise
@@ -241,21 +258,29 @@ class _Plain:
 class _CountingReader(io.RawIOBase):
     """A raw reader over a binary file that counts what was taken. Closing it leaves the file open: stdin is not ours to close."""
 
-    def __init__(self, file: IO[bytes]) -> None:
+    def __init__(self, file: IO[bytes], limit_bytes: int | None) -> None:
         self._file = file
+        self._left = limit_bytes
         self._read = getattr(file, "read1", file.read)  # as much as a pipe has, without waiting for more
         self.num_bytes = 0
         self.head = b""
         """The first 4 bytes, read ahead to tell the compression; given out again."""
-        while len(self.head) < 4 and (block := file.read(4 - len(self.head))):
+        while len(self.head) < 4 and (block := self._limited(4 - len(self.head), file.read)):
             self.head += block
         self._unread = self.head
+
+    def _limited(self, num_bytes: int, read: Callable[[int], bytes]) -> bytes:
+        if self._left is None:
+            return read(num_bytes)
+        block = read(min(num_bytes, self._left))
+        self._left -= len(block)
+        return block
 
     def readable(self) -> bool:
         return True
 
     def readinto(self, buffer: Any, /) -> int:
-        block = self._unread[: len(buffer)] or self._read(len(buffer))
+        block = self._unread[: len(buffer)] or self._limited(len(buffer), self._read)
         self._unread = self._unread[len(block) :]
         buffer[: len(block)] = block
         self.num_bytes += len(block)
