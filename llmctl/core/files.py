@@ -20,6 +20,8 @@ from llmctl.core.errors import InputError, LockedError, UsageError, is_write_fai
 
 TEMP_PREFIX = ".tmp-"
 MANIFEST_NAME = "manifest.json"
+CARD_NAME = "README.md"
+"""The card of a model, as the hub wants it."""
 _HASH_BLOCK_BYTES = 1 << 20
 
 
@@ -225,9 +227,12 @@ class FileLock:
 
 
 def write_manifest(folder: Path, *, extra: Mapping[str, Any] | None = None) -> None:
-    """Write `manifest.json`: the size (bytes) and sha256 of every file below `folder`, and the keys of `extra`."""
+    """Write `manifest.json`: the size (bytes) and sha256 of every file below `folder`, and the keys of `extra`.
+
+    Model cards are left out: they are written again when there are scores, and nothing is read from them that counts.
+    """
     entries = {}
-    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name != MANIFEST_NAME):
+    for path in sorted(p for p in folder.rglob("*") if p.is_file() and p.name not in (MANIFEST_NAME, CARD_NAME)):
         entries[path.relative_to(folder).as_posix()] = {"num_bytes": path.stat().st_size, "sha256": sha256_file(path)}
     write_json(folder / MANIFEST_NAME, {**(extra or {}), "files": entries})
 

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llmctl.core.card import CardFacts, license_of, model_card
+from llmctl.core.card import CardFacts, license_of, model_card, told_by
 
 yaml = pytest.importorskip("yaml")
 
@@ -71,3 +71,27 @@ def test_a_licence_is_read_from_a_cards_front_matter_only() -> None:
     assert license_of("---\nlicense: 'cc-by-4.0'\n---\n") == "cc-by-4.0"
     assert license_of("# Title\nlicense: mit\n") is None
     assert license_of("") is None
+
+
+WORDS = st.text(st.characters(codec="utf-8", categories=("L", "N", "P", "S"), exclude_characters="\\"), min_size=1, max_size=20)
+
+
+@settings(max_examples=100, deadline=None)
+@given(st.dictionaries(WORDS, st.floats(-(2**20), 2**20)), st.none() | WORDS.filter(lambda text: text != "random weights"))
+def test_scores_and_parent_are_read_back(scores: dict[str, float], parent: str | None) -> None:
+    told = told_by(model_card(replace(FACTS, scores=scores, parent=parent)))
+    assert told.scores == {name: float(f"{value:.6g}") for name, value in scores.items()}
+    assert told.parent == parent
+    assert told.data == FACTS.data
+
+
+def test_cards_of_others_say_nothing_that_we_would_hand_on() -> None:
+    told = told_by("---\nlicense: mit\n---\n# Theirs\n\n## Scores\n\n| task | a | b |\n|---|---|---|\n| x | 1 | 2 |\n")
+    assert (told.parent, told.data, told.scores) == (None, {}, {})
+
+
+def test_the_card_of_an_adapter_is_one_for_peft() -> None:
+    card = model_card(replace(FACTS, adapter="rank 4, alpha 8, 64 parameters"))
+    assert front_matter(card)["library_name"] == "peft"
+    assert front_matter(card)["base_model_relation"] == "adapter"
+    assert "LoRA adapters (rank 4, alpha 8, 64 parameters) for a language model of the llama family" in card

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from llmctl import __version__
-from llmctl.core.card import CardFacts, model_card
+from llmctl.core.card import CardFacts, Told, model_card, told_by
 from llmctl.core.checkpoint import (
     LoadedModel,
     check_tokenizer,
@@ -36,11 +36,13 @@ from llmctl.core.export.gguf_tokenizer import tokenizer_metadata
 from llmctl.core.export.verify import Compared, compare, logits_of, probe, read_by_transformers, read_by_us
 from llmctl.core.families import family_named
 from llmctl.core.families.gguf import family_record
-from llmctl.core.files import atomic_dir, atomic_path, check_out_dir, check_out_file, read_json, write_text
+from llmctl.core.files import CARD_NAME, atomic_dir, atomic_path, check_out_dir, check_out_file, read_json, write_text
+from llmctl.core.gguf import GgufFile
 from llmctl.core.model.facts import num_parameters
 from llmctl.core.quant import Layout
 from llmctl.core.tokenizer import Tokenizer
 
+_MAX_CARD_BYTES = 4 << 20
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -243,14 +245,13 @@ class _Job:
 
     def _card(self, num_format: str) -> CardFacts:
         loaded, config = self._loaded, self._loaded.config
-        trained = _training_state(loaded.path)
+        source = loaded.adapter or loaded.path
+        trained, told = _training_state(source), _told_by_card(source)
         identity: dict[str, Any] = trained.get("identity") or {}
         settings: dict[str, Any] = trained.get("settings") or {}
         is_own_checkpoint = bool(trained)
-        base = identity.get("base_model")
-        parent = (
-            (Path(base).name if isinstance(base, str) else None) if is_own_checkpoint else _public_name(self._config.model, loaded.path)
-        )
+        parent = told.parent if is_own_checkpoint else _public_name(self._config.adapter or self._config.model, source)
+        measured = "" if num_format == "float32" else ", of the weights before rounding"
         recipe = settings | {key: trained[key] for key in ("step", "tokens_seen") if key in trained}
         return CardFacts(
             name=self._output.stem if self._output.suffix == ".gguf" else self._output.resolve().name,
@@ -260,8 +261,9 @@ class _Job:
             architecture={"layers": config.num_layers, "hidden_size": config.hidden_size, "vocabulary": config.vocab_size},
             tokenizer_fingerprint=None if self._tokenizer is None else self._tokenizer.fingerprint,
             parent=parent,
-            license=stated_license(loaded.path),
-            data={"training data": identity["data"]} if isinstance(identity.get("data"), str) else {},
+            license=stated_license(source) or stated_license(loaded.path),
+            data=told.data or ({"training data": identity["data"]} if isinstance(identity.get("data"), str) else {}),
+            scores={name + measured: value for name, value in told.scores.items()},
             recipe={name: value for name, value in recipe.items() if value is not None},
             versions={"llmctl": __version__, "torch": torch.__version__, "python": platform.python_version()},
             made_by=f"Exported by `llmctl export --format {self._config.format}`.",
@@ -284,6 +286,19 @@ def _check_range(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> None:
     for name, tensor in tensors.items():
         if float(tensor.abs().max()) > torch.finfo(torch.float16).max:
             raise InputError(f"tensor {name!r} holds numbers beyond 65504, which float16 cannot; choose --dtype bf16 or f32")
+
+
+def _told_by_card(path: Path) -> Told:
+    """What the card of the model in `path` says, of those cards that llmctl writes."""
+    try:
+        if path.suffix == ".gguf":
+            card = GgufFile(path).metadata.get("llmctl.card")
+            return told_by(card if isinstance(card, str) else "")
+        card_file = path / CARD_NAME
+        is_small = card_file.is_file() and card_file.stat().st_size <= _MAX_CARD_BYTES
+        return told_by(card_file.read_text(encoding="utf-8", errors="replace") if is_small else "")
+    except OSError:
+        return told_by("")
 
 
 def _training_state(path: Path) -> dict[str, Any]:

@@ -50,6 +50,11 @@ class Adapters:
     groups: list[tuple[str, ...]]
     num_parameters: int
 
+    @property
+    def described(self) -> str:
+        """For the model card."""
+        return f"rank {self.lora.rank}, alpha {self.lora.alpha:g}, {self.num_parameters:,} parameters"
+
     @classmethod
     def of(cls, config: FinetuneConfig, base: Base) -> "Adapters":
         """Raises InputError for a target that the model does not have."""

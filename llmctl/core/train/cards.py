@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmctl import __version__
-from llmctl.core.card import CardFacts, model_card
+from llmctl.core.card import CardFacts
 from llmctl.core.checkpoint import stated_license
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.facts import num_parameters
@@ -25,13 +25,14 @@ def checkpoint_card(
     data: Mapping[str, str],
     settings: Mapping[str, Any],
     base: Path | None,
-) -> str:
-    """The text of a checkpoint's README.md: the same at every step, so that saves stay reproducible.
+    adapter: str | None = None,
+) -> CardFacts:
+    """What a checkpoint's README.md says: the same at every step, so that saves stay reproducible.
 
-    `data` are names and hashes of what it is trained on, `base` the model that it started from. Scores are not in it:
-    a checkpoint is saved before it is evaluated; they stand in the run's metrics.jsonl.
+    `data` are names and hashes of what it is trained on, `base` the model that it started from, `adapter` what is said of
+    adapters on it. Scores come later (outputs.write_scores): a checkpoint is saved before it is evaluated.
     """
-    facts = CardFacts(
+    return CardFacts(
         name=run_dir.resolve().name,
         family=family,
         num_parameters=num_parameters(architecture).total,
@@ -48,5 +49,5 @@ def checkpoint_card(
         recipe={name: value for name, value in settings.items() if value is not None},
         versions={"llmctl": __version__, "torch": torch.__version__, "python": platform.python_version()},
         made_by=f"A checkpoint of `llmctl {verb}`.",
+        adapter=adapter,
     )
-    return model_card(facts)

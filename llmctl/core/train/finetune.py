@@ -215,6 +215,7 @@ class _Finetune:
             data={", ".join(path.name for path in config.data): self._source.data_hash},
             settings=settings,
             base=base.loaded.path,
+            adapter=None if self._adapters is None else self._adapters.described,
         )
         output: Output
         objective: Objective = NextToken()

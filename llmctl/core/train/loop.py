@@ -24,7 +24,7 @@ from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.machine import synchronize
 from llmctl.core.train.parallel import set_up
 from llmctl.core.train.profile import Profile
-from llmctl.core.train.saving import restore, save
+from llmctl.core.train.saving import restore, save, write_scores
 from llmctl.core.train.schedule import lr_scale
 from llmctl.core.train.spikes import Spikes
 
@@ -354,9 +354,11 @@ class Trainer:
             yield from self._stop_if_asked(stop)
             return
         self.last_eval = self._eval_done(result, averaged=False)
-        for done in (self.last_eval, *(self._eval_done(average, averaged=True) for average in averages)):
+        done_ones = [self.last_eval, *(self._eval_done(average, averaged=True) for average in averages)]
+        for done in done_ones:
             job.run.metrics.append({"kind": "eval", **asdict(done)})
             yield done
+        yield from write_scores(self, done_ones)
 
     def _eval_done(self, result: HeldOutLoss, *, averaged: bool) -> EvalDone:
         return EvalDone(

@@ -1,5 +1,6 @@
 """What a checkpoint holds of a model, written and read back: the whole of it, or an adapter. Knows directories; knows no loop."""
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,15 +9,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from llmctl.core.card import CardFacts, model_card
 from llmctl.core.checkpoint import load_model, save_adapter, save_model
 from llmctl.core.checkpoint.adapter import adaptable_modules, choose_modules, our_arrays, read_adapter
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.families import family_named
-from llmctl.core.files import write_text
+from llmctl.core.files import CARD_NAME, read_manifest, write_text
 from llmctl.core.model.lora import LoraConfig, adapter_tensors
 from llmctl.core.tokenizer import Tokenizer
-
-CARD_NAME = "README.md"
 
 
 class Output(Protocol):
@@ -35,6 +35,11 @@ class Output(Protocol):
         """Read back, by decoder name, at least what is trained."""
         ...
 
+    @property
+    def card(self) -> CardFacts:
+        """What the card of it says, scores apart."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class WholeModel:
@@ -44,7 +49,7 @@ class WholeModel:
     family: str
     tokenizer: Tokenizer
     generation: Mapping[str, Any]
-    card: str
+    card: CardFacts
     holds_frozen = True
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
@@ -60,7 +65,7 @@ class WholeModel:
             share=share,
         )
         if share[0] == 0:
-            write_text(folder / CARD_NAME, self.card)
+            write_text(folder / CARD_NAME, model_card(self.card))
 
     def read(self, folder: Path) -> Mapping[str, Tensor]:
         """See Output."""
@@ -79,7 +84,7 @@ class AdapterOnly:
     fingerprint: str
     tokenizer: Tokenizer
     generation: Mapping[str, Any]
-    card: str
+    card: CardFacts
     holds_frozen = False
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
@@ -96,7 +101,7 @@ class AdapterOnly:
             tokenizer=self.tokenizer,
             generation=self.generation,
         )
-        write_text(folder / CARD_NAME, self.card)
+        write_text(folder / CARD_NAME, model_card(self.card))
 
     def read(self, folder: Path) -> Mapping[str, Tensor]:
         """See Output."""
@@ -104,3 +109,13 @@ class AdapterOnly:
         chosen = choose_modules(adaptable_modules(self.config, family), self.targets)
         arrays = our_arrays(chosen, read_adapter(folder, self.config, family))
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
+
+
+def write_scores(checkpoint: Path, output: Output, scores: Mapping[str, float], *, folder: Path | None = None) -> None:
+    """Put scores into the card of a checkpoint, or of the model in `folder` of it. Raises WriteError.
+
+    Whether a checkpoint is whole does not hang on its card; one of before that was so is left alone.
+    """
+    folder = checkpoint if folder is None else folder
+    if (folder / CARD_NAME).relative_to(checkpoint).as_posix() not in read_manifest(checkpoint)["files"]:
+        write_text(folder / CARD_NAME, model_card(dataclasses.replace(output.card, scores=scores)))

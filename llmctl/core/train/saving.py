@@ -4,13 +4,14 @@ With a moving average of the weights, the checkpoint at the end of a run has it 
 """
 
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llmctl.core.errors import WriteError
+from llmctl.core.errors import LlmctlError, WriteError
+from llmctl.core.train import outputs
 from llmctl.core.train import state as checkpoints
-from llmctl.core.train.events import CheckpointSaved, Event, Warned
+from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Warned
 from llmctl.core.train.job import Stop
 from llmctl.core.train.sharded import ShardedOptimizer
 from llmctl.core.train.spikes import Spikes
@@ -96,6 +97,25 @@ def _write(trainer: "Trainer", state: checkpoints.TrainerState) -> int:
         )
     job.ranks.on_main(lambda: checkpoints.prune(job.run.path, keep_last=job.loop.keep_last))
     return num_bytes
+
+
+def write_scores(trainer: "Trainer", evaluations: Sequence[EvalDone]) -> Iterator[Event]:
+    """Tell the scores of the trainer's step in the cards of its checkpoint, if it has one."""
+    checkpoint = checkpoints.step_folder(trainer.job.run.path, trainer.step)
+    if trainer.saved_step != trainer.step or not trainer.job.ranks.is_main:
+        return
+    try:
+        for done in evaluations:
+            folder = checkpoint / AVERAGE_NAME if done.averaged else checkpoint
+            if folder.is_dir():
+                outputs.write_scores(checkpoint, trainer.job.output, _scores(done), folder=folder)
+    except LlmctlError as error:
+        yield Warned(message=f"the model card has no scores: {error}")
+
+
+def _scores(done: EvalDone) -> dict[str, float]:
+    scores = {"held-out loss, nats a token": done.loss, "held-out tokens": float(done.num_tokens)}
+    return scores if done.bits_per_byte is None else {"held-out bits per byte": done.bits_per_byte, **scores}
 
 
 def _write_models(trainer: "Trainer", folder: Path) -> None:

@@ -10,10 +10,13 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from llmctl.core.card import told_by
 from llmctl.core.checkpoint import load_model, load_tokenizer, save_model
+from llmctl.core.config.export import ExportConfig
 from llmctl.core.config.finetune import FinetuneConfig
 from llmctl.core.errors import InputError, Interrupted, UsageError
-from llmctl.core.files import sha256_file
+from llmctl.core.export.export import export
+from llmctl.core.files import check_manifest, sha256_file
 from llmctl.core.train.events import CheckpointSaved, EvalDone, Finished, Planned, StepDone
 from llmctl.core.train.finetune import train
 from tests.core.train.test_finetune import QUESTIONS, config_of, run_all, tiny_base
@@ -180,6 +183,30 @@ def test_the_base_is_frozen_in_memory_too(tmp_path: Path, optimizer: str) -> Non
         if matrix:
             values = torch.linalg.svdvals(difference)
             assert values[4] < 1e-5 * values[0]
+
+
+@pytest.mark.parametrize("method", ["full", "lora"])
+def test_the_card_of_every_checkpoint_has_the_scores_of_its_evaluation(tmp_path: Path, method: str) -> None:
+    """And so has what is exported from it; the checkpoints stay whole."""
+    config = (
+        lora(tmp_path, max_steps=4, eval_every=2, save_every=2) if method == "lora" else config_of(tmp_path, eval_every=2, save_every=2)
+    )
+    evaluations = [
+        event for event in run_all(dataclasses.replace(config, max_steps=4, val_data=config.data)) if isinstance(event, EvalDone)
+    ]
+    for done in evaluations:
+        folder = tmp_path / "run" / f"step-{done.step:08d}"
+        told = told_by((folder / "README.md").read_text())
+        assert told.scores["held-out loss, nats a token"] == pytest.approx(done.loss, rel=1e-5)
+        assert told.scores["held-out bits per byte"] == pytest.approx(done.bits_per_byte, rel=1e-5)
+        assert told.parent == "base"
+        check_manifest(folder, hashes=True)
+    assert {done.step for done in evaluations} == {2, 4}
+    list(export(ExportConfig(model=str(folder), output=tmp_path / "out", dtype="bf16", verify=False)))
+    exported = told_by((tmp_path / "out" / "README.md").read_text())
+    assert exported.scores == {f"{name}, of the weights before rounding": value for name, value in told.scores.items()}
+    assert exported.data == told.data
+    assert exported.parent == "base"
 
 
 @pytest.mark.slow
