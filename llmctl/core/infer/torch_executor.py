@@ -45,6 +45,8 @@ class TorchExecutor:
     def release(self) -> None:
         """Forget the cache."""
         self._cache = None
+        if self._model.device.type == "cuda":
+            torch.cuda.empty_cache()  # a cache of another shape may not fit into the pieces
 
     def step(
         self,
@@ -85,6 +87,10 @@ class TorchExecutor:
                 tensor[to, :, :length] = tensor[source, :, :length]
 
 
+_NO_MEMORY = ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+"""Of the CPU's allocator, twice; of MPS; of CUDA's matrix products, which take their work space by themselves."""
+
+
 @contextlib.contextmanager
 def memory_errors() -> Iterator[None]:
     """Turn the several ways in which torch says that memory is short into MemoryError."""
@@ -93,6 +99,6 @@ def memory_errors() -> Iterator[None]:
     except torch.OutOfMemoryError as error:
         raise MemoryError(str(error)) from error
     except RuntimeError as error:
-        if "can't allocate memory" in str(error) or "not enough memory" in str(error):
+        if any(words in str(error) for words in _NO_MEMORY):
             raise MemoryError(str(error)) from error
         raise

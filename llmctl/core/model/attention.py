@@ -37,11 +37,12 @@ class Pattern:
         key = (num_queries, num_keys, window)
         if key not in self._masks:
             positions = torch.arange(num_queries)[None] if self.query_positions is None else self.query_positions.clamp(min=0)
-            keys, positions = torch.arange(num_keys), positions[:, None, :, None]
+            # on the device, so that positions travel there and not a mask of T * K
+            keys, positions = torch.arange(num_keys, device=device), positions.to(device)[:, None, :, None]
             mask = keys <= positions
             if window is not None:
                 mask &= keys > positions - window
-            self._masks[key] = mask.to(device)
+            self._masks[key] = mask
         return self._masks[key]
 
 
