@@ -40,8 +40,8 @@ def make_tokenizer() -> Tokenizer:
     return Tokenizer.from_parts(backend, bos="<|endoftext|>", eos="<|endoftext|>", pad=None, chat_template=None, model_max_length=None)
 
 
-def make_packed(directory: Path, *, num_words: int = 8000, val_words: int = 800, seed: int = 0) -> Path:
-    """A packed folder with a train and a val split."""
+def make_packed(directory: Path, *, num_words: int = 8000, val_words: int = 800, seed: int = 0, times: int = 1) -> Path:
+    """A packed folder with a train and a val split, each of its text so many times."""
     directory.mkdir(parents=True)
     tokenizer = make_tokenizer()
     (directory / TOKENIZER_DIR).mkdir()
@@ -51,13 +51,14 @@ def make_packed(directory: Path, *, num_words: int = 8000, val_words: int = 800,
         written = text(words, number)
         ids = np.array(tokenizer.encode(written, add_bos=False))
         writer = ShardWriter(directory / shard_name(split, 0), vocab_size=VOCAB_SIZE, fingerprint=tokenizer.fingerprint)
-        writer.write(ids)
-        writer.end_document()
+        for _ in range(times):
+            writer.write(ids)
+            writer.end_document()
         info = writer.finish()
         splits[split] = {
             "num_tokens": info.num_tokens,
             "num_documents": info.num_documents,
-            "num_bytes": len(written.encode()),
+            "num_bytes": len(written.encode()) * times,
             "shards": [info.name],
         }
     extra = {
