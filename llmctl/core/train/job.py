@@ -45,6 +45,7 @@ class LoopConfig:
     nonfinite_skips: int = 0
     on_spike: Literal["ignore", "rewind"] = "ignore"
     profile: bool = False
+    async_save: bool = False
     on_full: Literal["fail", "wait"] = "fail"
 
 

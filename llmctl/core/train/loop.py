@@ -17,6 +17,7 @@ from torch import Tensor
 from llmctl.core.data.loader import Batch, Prefetcher, prefetch
 from llmctl.core.errors import Interrupted, LlmctlError, NonFiniteError
 from llmctl.core.train import state as checkpoints
+from llmctl.core.train.background import Background
 from llmctl.core.train.evaluation import HeldOutLoss, Stopped, evaluate
 from llmctl.core.train.events import EvalDone, Event, Finished, Profiled, Resumed, SampleDrawn, StepDone, Warned
 from llmctl.core.train.gradients import Gradients
@@ -24,7 +25,7 @@ from llmctl.core.train.job import Stop, TrainJob
 from llmctl.core.train.machine import synchronize
 from llmctl.core.train.parallel import set_up
 from llmctl.core.train.profile import Profile
-from llmctl.core.train.saving import restore, save, write_scores
+from llmctl.core.train.saving import finish_saving, restore, save, write_scores
 from llmctl.core.train.schedule import lr_scale
 from llmctl.core.train.spikes import Spikes
 
@@ -80,6 +81,7 @@ class Trainer:
         self._elapsed_before_s = 0.0
         self._started = time.perf_counter()
         self.saved_step: int | None = None
+        self.background = Background()
         self._last_loss: float | None = None
         self.last_eval: EvalDone | None = None
         self._look_every = 1 if job.device.type == "cpu" or job.loop.nonfinite_skips else job.loop.log_every
@@ -132,6 +134,7 @@ class Trainer:
             self.status("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
+            self.background.wait()
             self._write_profile()
             job.run.metrics.close()
 
@@ -166,6 +169,7 @@ class Trainer:
                 yield from self._steps(batches, stop, save_requested)
             if self._spike is not None:
                 yield from self._rewind(self._spike)
+        yield from finish_saving(self)
         if self.saved_step != self.step:
             yield from self._save(stop)
         yield from self._evaluate(stop, final=True)
@@ -209,7 +213,7 @@ class Trainer:
             if self._spike is not None:
                 return
             if save:
-                yield from self._save(stop)
+                yield from self._save(stop, behind=loop.async_save)
             if judge:
                 yield from self._evaluate(stop)
             if sample:
@@ -218,6 +222,7 @@ class Trainer:
     def _rewind(self, spike: str) -> Iterator[Event]:
         """Back to the last checkpoint, past the data that led to the spike. Raises NonFiniteError when that keeps happening."""
         job, num_taken = self.job, self.step
+        yield from finish_saving(self)
         found = self._newest_good()
         self._rewinds = 1 if found is not None and self._rewound_to != found.state.step else self._rewinds + 1
         if found is None or self._rewinds > _MOST_REWINDS:
@@ -243,6 +248,7 @@ class Trainer:
         if number is None:
             return
         yield from self._look()
+        yield from finish_saving(self)
         if self.saved_step != self.step:
             yield from self._save(stop)
         raise Interrupted(f"stopped at step {self.step}, which is saved; go on with: {self.job.resume_command}", signal_number=number)
@@ -333,9 +339,9 @@ class Trainer:
             " lower --learning-rate, look at the data, or allow some by --nonfinite skip:K"
         )
 
-    def _save(self, stop: Stop) -> Iterator[Event]:
+    def _save(self, stop: Stop, *, behind: bool = False) -> Iterator[Event]:
         with self.profile.phase("saving"):
-            yield from save(self, stop)
+            yield from save(self, stop, behind=behind)
 
     def _evaluate(self, stop: Stop, *, final: bool = False) -> Iterator[Event]:
         """Of the weights, and of their moving average where there is one."""

@@ -160,7 +160,10 @@ class _Pretrain:
             optim=dataclasses.replace(optim_of(config), ema=config.ema or None),
             schedule=schedule_of(config),
             loop=dataclasses.replace(
-                loop_of(config, sizes), on_spike=cast(Literal["ignore", "rewind"], config.on_spike), profile=config.profile
+                loop_of(config, sizes),
+                on_spike=cast(Literal["ignore", "rewind"], config.on_spike),
+                profile=config.profile,
+                async_save=config.async_save,
             ),
             compile=cast(Literal["auto", "on", "off"], config.compile),
             compute_dtype=where.dtype,

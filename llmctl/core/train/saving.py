@@ -4,9 +4,11 @@ With a moving average of the weights, the checkpoint at the end of a run has it 
 """
 
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
+
+from torch import Tensor
 
 from llmctl.core.errors import LlmctlError, WriteError
 from llmctl.core.train import outputs
@@ -37,8 +39,23 @@ def checkpoint_bytes(trainer: "Trainer") -> int:
     return sum(t.numel() * t.element_size() for t in tensors) + sum(4 * p.numel() for p in frozen) + _SMALL_FILES_BYTES
 
 
-def save(trainer: "Trainer", stop: Stop) -> Iterator[Event]:
-    """Write a checkpoint of the trainer's step; waits for room on a full disk if the run is told to. Raises WriteError."""
+def finish_saving(trainer: "Trainer") -> Iterator[Event]:
+    """Wait for the checkpoint that is being written behind the training, if there is one. Raises WriteError."""
+    step, background = trainer.background.step, trainer.background
+    if step is None:
+        return
+    background.step = None
+    num_bytes = int(trainer.job.ranks.on_main(background.result))
+    path = checkpoints.step_folder(trainer.job.run.path, step)
+    yield CheckpointSaved(step=step, path=str(path), num_bytes=num_bytes, elapsed_s=time.perf_counter() - background.started)
+
+
+def save(trainer: "Trainer", stop: Stop, *, behind: bool = False) -> Iterator[Event]:
+    """Write a checkpoint of the trainer's step; waits for room on a full disk if the run is told to. Raises WriteError.
+
+    With `behind`, the state is copied and written while training goes on; `finish_saving` tells when it is there.
+    """
+    yield from finish_saving(trainer)
     job, started = trainer.job, time.perf_counter()
     job.run.metrics.sync()
     state = checkpoints.TrainerState(
@@ -57,6 +74,10 @@ def save(trainer: "Trainer", stop: Stop) -> Iterator[Event]:
         machine=checkpoints.machine(),
         ranks=job.ranks.size,
     )
+    if behind:
+        trainer.background.begin(trainer.step, _copied(trainer, state) if job.ranks.is_main else None)
+        trainer.saved_step = trainer.step
+        return
     while True:
         try:
             num_bytes = _write(trainer, state)
@@ -70,6 +91,31 @@ def save(trainer: "Trainer", stop: Stop) -> Iterator[Event]:
     trainer.status("running")
     path = checkpoints.step_folder(job.run.path, trainer.step)
     yield CheckpointSaved(step=trainer.step, path=str(path), num_bytes=num_bytes, elapsed_s=time.perf_counter() - started)
+
+
+def _copied(trainer: "Trainer", state: checkpoints.TrainerState) -> Callable[[], int]:
+    """Copy all that a checkpoint holds; gives the function that writes it."""
+    job, optimizer, expected_bytes = trainer.job, trainer.optimizer, checkpoint_bytes(trainer)
+
+    def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+    weights = copies({**job.model.state_dict(), **optimizer.masters})
+    moments, rng = copies(optimizer.state_tensors()), copies(checkpoints.rng_tensors())
+
+    def write() -> int:
+        _, num_bytes = checkpoints.save_checkpoint(
+            job.run.path,
+            state,
+            write_model=lambda folder: job.output.write(folder, weights),
+            optimizer=moments,
+            expected_bytes=expected_bytes,
+            rng=rng,
+        )
+        checkpoints.prune(job.run.path, keep_last=job.loop.keep_last)
+        return num_bytes
+
+    return write
 
 
 def _write(trainer: "Trainer", state: checkpoints.TrainerState) -> int:
@@ -101,6 +147,7 @@ def _write(trainer: "Trainer", state: checkpoints.TrainerState) -> int:
 
 def write_scores(trainer: "Trainer", evaluations: Sequence[EvalDone]) -> Iterator[Event]:
     """Tell the scores of the trainer's step in the cards of its checkpoint, if it has one."""
+    yield from finish_saving(trainer)
     checkpoint = checkpoints.step_folder(trainer.job.run.path, trainer.step)
     if trainer.saved_step != trainer.step or not trainer.job.ranks.is_main:
         return

@@ -125,8 +125,11 @@ def save_checkpoint(
     write_model: Callable[[Path], None],
     optimizer: Mapping[str, Tensor],
     expected_bytes: int,
+    rng: Mapping[str, Tensor] | None = None,
 ) -> tuple[Path, int]:
     """Write a checkpoint; give its folder and its size in bytes. Raises WriteError with the room needed and left.
+
+    `rng` is what rng_tensors gave at that step; None means now.
 
     A folder of the same name, which a resumed run found bad or left behind, is replaced.
     """
@@ -142,7 +145,7 @@ def save_checkpoint(
             trainer = temp / "trainer"
             trainer.mkdir()
             save_file({k: v.detach().cpu().contiguous() for k, v in optimizer.items()}, trainer / "optimizer.safetensors")
-            save_file(rng_tensors(), trainer / "rng.safetensors")
+            save_file(dict(rng or rng_tensors()), trainer / "rng.safetensors")
             write_json(trainer / "state.json", asdict(state))
     except Exception as error:
         raise as_write_error(error, target, expected_bytes) from error
