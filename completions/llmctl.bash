@@ -153,16 +153,18 @@ _llmctl() {
             esac
             ;;
         'tokenize pack')
-            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --shard --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --normalize --min-chars --max-chars --script --redact --dedupe --decontaminate --shard --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
-                --tokenizer|--val-data|--config|-c) values='file' ;;
+                --tokenizer|--val-data|--redact|--decontaminate|--config|-c) values='file' ;;
                 --out-dir|-o|--output-dir) values='dir' ;;
                 --format) values='text lines paragraphs jsonl' ;;
-                --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers|--shard) values='any' ;;
+                --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers|--min-chars|--max-chars|--script|--shard) values='any' ;;
                 --on-error) values='stop skip' ;;
                 --val-by) values='hash tail' ;;
                 --encoder) values='auto tokenizers' ;;
+                --normalize) values='nfc ftfy' ;;
+                --dedupe) values='exact near' ;;
             esac
             ;;
         'tokenize merge')

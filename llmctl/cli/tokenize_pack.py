@@ -34,6 +34,17 @@ VERIFY_HELP = """Check a packed folder to the last byte: sizes, hashes, headers,
 Names everything that is damaged; nothing is changed."""
 
 
+_QUALITY = {
+    "normalized": "documents normalized",
+    "redacted": "matches redacted",
+    "too_short": "left out, too short",
+    "too_long": "left out, too long",
+    "other_script": "left out, of another script",
+    "contaminated": "left out, overlap with an evaluation set",
+    "duplicates": "left out, duplicates",
+}
+
+
 def register(app: typer.Typer) -> None:
     """Add the commands to `llmctl tokenize`."""
     add_command(app, name="pack", command="tokenize pack", config=PackConfig, run=pack, help=PACK_HELP)
@@ -104,6 +115,8 @@ def _show_result(done: "Packed", shell: Shell) -> None:
     _show_split("train", done.train, shell)
     if done.val is not None:
         _show_split("val", done.val, shell)
+    for what, number in done.quality.items():
+        shell.note(f"{_QUALITY[what]}: {number:,}")
     if done.already_complete:
         return
     num_bytes = sum(split.num_bytes for split in (done.train, done.val) if split is not None)

@@ -6,7 +6,7 @@ from pathlib import Path
 from llmctl.core.config.fields import check_fields, option
 from llmctl.core.errors import UsageError
 
-_INPUT, _SPLIT, _OUTPUT = "Input", "Validation split", "Output"
+_INPUT, _SPLIT, _OUTPUT, _QUALITY = "Input", "Validation split", "Output", "Quality"
 
 
 @dataclass(frozen=True)
@@ -64,6 +64,29 @@ class PackConfig:
         "auto: gigatoken where its ids are proven equal to those of tokenizers on a sample as it goes, else tokenizers.",
         choices=("auto", "tokenizers"),
     )
+    normalize: str | None = option(
+        None, "Repair text: Unicode's composed form (NFC), or what ftfy mends (an extra).", choices=("nfc", "ftfy"), panel=_QUALITY
+    )
+    min_chars: int | None = option(None, "Leave out documents with fewer characters.", minimum=1, panel=_QUALITY, metavar="N")
+    max_chars: int | None = option(None, "Leave out documents with more characters.", minimum=1, panel=_QUALITY, metavar="N")
+    script: tuple[str, ...] = option(
+        (),
+        "Keep documents most of whose letters are of this script (Latin, Cyrillic, CJK, ...); repeatable.",
+        panel=_QUALITY,
+        metavar="NAME",
+    )
+    redact: Path | None = option(
+        None, "TOML file of names and regular expressions; what matches becomes [NAME].", panel=_QUALITY, metavar="FILE"
+    )
+    dedupe: str | None = option(
+        None, "Leave out documents that came before: to the byte, or nearly (MinHash; an extra).", choices=("exact", "near"), panel=_QUALITY
+    )
+    decontaminate: tuple[Path, ...] = option(
+        (),
+        "Leave out documents that share 13 words in a row with this evaluation set (.jsonl or text); repeatable.",
+        panel=_QUALITY,
+        metavar="FILE",
+    )
     shard: str | None = option(
         None,
         "Pack part I of N, on one of N machines; `llmctl tokenize merge` joins the parts into what one would have packed.",
@@ -81,6 +104,8 @@ class PackConfig:
         if self.out_dir is None:
             raise UsageError("--out-dir is missing: the folder for the token shards")
         _ = self.shard_numbers
+        if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
+            raise UsageError(f"--min-chars {self.min_chars} is more than --max-chars {self.max_chars}")
         if self.separator is not None:
             if self.format not in (None, "text"):
                 raise UsageError(f"--separator goes with --format text, not with --format {self.format}")

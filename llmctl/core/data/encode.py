@@ -6,8 +6,9 @@ would take longer than its encoding.
 """
 
 import hashlib
+from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +17,7 @@ import numpy.typing as npt
 
 from llmctl.core.data.documents import Piece, SplitRule
 from llmctl.core.data.encoders import NameFinder, TextEncoder, open_encoder
+from llmctl.core.data.quality import Cleaner, Keys, QualityRules
 from llmctl.core.data.records import RecordError, read_piece
 from llmctl.core.data.shards import id_dtype
 from llmctl.core.errors import InputError
@@ -41,6 +43,7 @@ class EncodeRules:
     skip_errors: bool
     max_line_bytes: int
     wants_fast: bool = True
+    quality: QualityRules = QualityRules()
 
 
 @dataclass(frozen=True)
@@ -53,6 +56,9 @@ class Segment:
     num_bytes: int
     ids: TokenIds | None
     ends: npt.NDArray[np.uint32]
+    keys: Keys | None = None
+    """(num_documents, k) where duplicates are to be left out; then `sizes` (num_documents,) are the bytes of each document."""
+    sizes: npt.NDArray[np.uint32] | None = None
 
 
 @dataclass(frozen=True)
@@ -64,6 +70,8 @@ class EncodedPiece:
     digest: bytes
     num_special: int = 0
     has_text: bool = False
+    cleaned: dict[str, int] = field(default_factory=dict)
+    """How many documents, or matches, each quality tool changed or left out."""
 
 
 @dataclass(frozen=True)
@@ -94,6 +102,7 @@ class PieceEncoder:
         self._dtype = id_dtype(tokenizer.vocab_size)
         self._eos_id, self._bos_id = framing_ids(tokenizer, add_bos=rules.add_bos)
         self._names = NameFinder(tokenizer)
+        self._cleaner = Cleaner(rules.quality) if rules.quality.is_on else None
         self._encoder: TextEncoder = open_encoder(tokenizer, allow_special=rules.allow_special, wants_fast=rules.wants_fast)
 
     @property
@@ -110,7 +119,7 @@ class PieceEncoder:
         texts: list[bytes] = []
         named: list[int] = []
         numbers = []
-        for parts, _ in read:
+        for parts, _, _ in read:
             number = 0
             for part in parts:
                 found, places = self._names.count(part.texts)
@@ -124,22 +133,28 @@ class PieceEncoder:
             raise InputError(f"the tokenizer gave the id {ids.max()}, outside its vocabulary of {self._vocab_size:,}; it is damaged")
         ids, starts = ids.astype(self._dtype), np.concatenate([[0], np.cumsum(lengths)])
         results, place = [], 0
-        for piece, (parts, errors), num_special in zip(pieces, read, numbers, strict=True):
+        for piece, (parts, errors, cleaned), num_special in zip(pieces, read, numbers, strict=True):
             segments = []
             for part in parts:
                 num_bytes, num_documents = sum(map(len, part.texts)), len(part.texts) * part.ends
+                keys, sizes = self._marks(part.texts)
                 if wants_val if part.is_val else wants_train:
                     after = place + len(part.texts)
                     framed, ends = self._framed(part, ids[starts[place] : starts[after]], lengths[place:after])
-                    segments.append(Segment(part.is_val, num_documents, num_bytes, framed, ends))
+                    segments.append(Segment(part.is_val, num_documents, num_bytes, framed, ends, keys, sizes))
                     place = after
                 else:
-                    segments.append(Segment(part.is_val, num_documents, num_bytes, None, np.empty(0, dtype=np.uint32)))
+                    segments.append(Segment(part.is_val, num_documents, num_bytes, None, np.empty(0, dtype=np.uint32), keys, sizes))
             digest = hashlib.blake2b(piece.data, digest_size=DIGEST_BYTES)
             digest.update(repr((piece.starts_document, piece.ends_document, [(e.line, e.reason) for e in errors])).encode())
             has_text = any(text.decode().strip() for part in parts for text in part.texts)
-            results.append(EncodedPiece(tuple(segments), tuple(errors), digest.digest(), num_special, has_text))
+            results.append(EncodedPiece(tuple(segments), tuple(errors), digest.digest(), num_special, has_text, cleaned))
         return results
+
+    def _marks(self, texts: list[bytes]) -> tuple[Keys | None, npt.NDArray[np.uint32] | None]:
+        if self._cleaner is None or not self._cleaner.num_keys:
+            return None, None
+        return self._cleaner.keys_of(texts), np.array([len(text) for text in texts], dtype=np.uint32)
 
     def _framed(self, part: _Part, ids: TokenIds, lengths: Lengths) -> tuple[TokenIds, npt.NDArray[np.uint32]]:
         """The ids with BOS where a document starts and the end-of-text id where it ends, and the places after those."""
@@ -159,16 +174,23 @@ class PieceEncoder:
             result[stops - lengths - (1 + part.ends)] = self._bos_id
         return result, (stops if part.ends else stops[:0]).astype(np.uint32)
 
-    def _read(self, piece: Piece) -> tuple[list[_Part], list[RecordError]]:
-        """A piece's text by split, and what was wrong with it."""
+    def _read(self, piece: Piece) -> tuple[list[_Part], list[RecordError], dict[str, int]]:
+        """A piece's text by split, what was wrong with it, and what was done to it."""
         rules = self._rules
         texts, errors = read_piece(piece, field=rules.field, max_line_bytes=rules.max_line_bytes, skip_errors=rules.skip_errors)
+        cleaned: Counter[str] = Counter()
+        if self._cleaner is not None:
+            texts, cleaned = self._cleaner.clean(texts)
+        return self._divided(piece, texts), errors, dict(cleaned)
+
+    def _divided(self, piece: Piece, texts: list[bytes]) -> list[_Part]:
+        rules = self._rules
         if piece.form == "text":
             if piece.error is not None and not piece.starts_document:
                 texts = [b""]  # the document ends here
-            return [_Part(bool(piece.is_val), texts, piece.starts_document, piece.ends_document)] if texts else [], errors
+            return [_Part(bool(piece.is_val), texts, piece.starts_document, piece.ends_document)] if texts else []
         if piece.is_val is not None:
-            return [_Part(piece.is_val, texts)] if texts else [], errors
+            return [_Part(piece.is_val, texts)] if texts else []
         train: list[bytes] = []
         val: list[bytes] = []
         for text in texts:
@@ -181,7 +203,7 @@ class PieceEncoder:
                     val.append(tail)
             else:
                 (val if rules.split.holds_out(text) else train).append(text)
-        return [_Part(is_val, found) for is_val, found in ((False, train), (True, val)) if found], errors
+        return [_Part(is_val, found) for is_val, found in ((False, train), (True, val)) if found]
 
 
 def framing_ids(tokenizer: "Tokenizer", *, add_bos: bool | None, where: Path | None = None) -> tuple[int, int | None]:

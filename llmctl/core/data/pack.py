@@ -18,11 +18,12 @@ from llmctl.core.data.encoders import UnequalError
 from llmctl.core.data.packevents import Packed, PackEvent, PackPlanned, PackWarned, SplitSummary
 from llmctl.core.data.packfolder import PackFolder
 from llmctl.core.data.packrun import PackRun, total_bytes
+from llmctl.core.data.quality import Cleaner, QualityRules, read_patterns
 from llmctl.core.data.sharding import part_of
 from llmctl.core.data.shards import id_dtype
 from llmctl.core.data.sources import STDIN, Format, Source, find_sources
 from llmctl.core.data.worker import Encoders, open_encoders
-from llmctl.core.errors import InputError, LlmctlError, UsageError, WriteError
+from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError, WriteError
 from llmctl.core.files import check_out_dir
 
 if TYPE_CHECKING:
@@ -82,12 +83,16 @@ def pack(
         skip_errors=config.on_error == "skip",
         max_line_bytes=config.max_line_bytes,
         wants_fast=config.encoder == "auto",
+        quality=quality_of(config),
     )
+    Cleaner(rules.quality)  # what it needs is there, or nothing is begun
     began = time.monotonic()
     num_workers = _num_workers(config, sources)
     with contextlib.ExitStack() as stack:
         encoders = stack.enter_context(contextlib.closing(open_encoders(rules, tokenizer, num_workers)))
         plan = plan_of(config, sources, num_train_sources, split, tokenizer)
+        if rules.quality.is_on:
+            plan["quality"] = rules.quality.as_plan()
         folder = stack.enter_context(PackFolder.open(out_dir, plan, overwrite=config.overwrite))
         if (done := folder.finished()) is not None:
             yield _packed(folder, done, already_complete=True)
@@ -107,7 +112,17 @@ def pack(
         )
 
         def attempt(encoders: Encoders) -> Iterator[PackEvent]:
-            run = PackRun(config, folder, sources, num_train_sources, split, tokenizer, stdin, stop, may_cut=may_cut(tokenizer.structure))
+            run = PackRun(
+                config,
+                folder,
+                sources,
+                num_train_sources,
+                split,
+                tokenizer,
+                stdin,
+                stop,
+                may_cut=may_cut(tokenizer.structure) and not rules.quality.is_on,  # a tool looks at whole documents
+            )
             with contextlib.closing(run):
                 try:
                     yield from run.events(encoders)
@@ -135,6 +150,22 @@ def pack(
             slow = open_encoders(dataclasses.replace(rules, wants_fast=False), tokenizer, num_workers)
             for event in attempt(stack.enter_context(contextlib.closing(slow))):
                 yield dataclasses.replace(event, encoder_reason=str(error)) if isinstance(event, Packed) else event
+
+
+def quality_of(config: PackConfig) -> QualityRules:
+    """What the settings say is done to documents. Raises NotFoundError and UsageError for the files that they name."""
+    for path in config.decontaminate:
+        if not path.is_file():
+            raise NotFoundError(f"--decontaminate {path}: no such file")
+    return QualityRules(
+        normalize=config.normalize,
+        min_chars=config.min_chars,
+        max_chars=config.max_chars,
+        scripts=config.script,
+        redact=() if config.redact is None else read_patterns(config.redact),
+        dedupe=config.dedupe,
+        decontaminate=tuple(os.path.abspath(path) for path in config.decontaminate),
+    )
 
 
 def split_rule(config: PackConfig, sources: list[Source]) -> SplitRule:
@@ -195,5 +226,6 @@ def _packed(folder: PackFolder, manifest: dict[str, Any], *, already_complete: b
         num_errors=num_errors,
         errors_file=str(folder.errors_path) if num_errors else None,
         num_special_names=manifest["num_special_names"],
+        quality=manifest.get("quality", {}),
         already_complete=already_complete,
     )

@@ -64,6 +64,8 @@ class Packed:
     num_errors: int
     errors_file: str | None
     num_special_names: int
+    quality: dict[str, int]
+    """How many documents, or matches, each quality tool changed or left out."""
     encoder: str | None = None
     """"gigatoken" or "tokenizers"; None where nothing had to be encoded."""
     encoder_reason: str | None = None

@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import os
 import select
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import IO, TYPE_CHECKING, Any, cast
@@ -22,6 +23,7 @@ from llmctl.core.data.documents import Piece, ReadRules, SplitRule, read_pieces
 from llmctl.core.data.encode import EncodedPiece, EncoderNote, Segment
 from llmctl.core.data.packevents import PackEvent, PackProgress, PackWarned, ShardWritten
 from llmctl.core.data.packfolder import PackFolder, ShardPlace
+from llmctl.core.data.quality import Duplicates
 from llmctl.core.data.records import RecordError
 from llmctl.core.data.sharding import lines_before
 from llmctl.core.data.shards import ShardWriter, id_dtype
@@ -119,6 +121,8 @@ class PackRun:
         self._num_errors = 0
         self._num_special = 0
         self._has_text = False
+        self._duplicates = Duplicates()
+        self._cleaned: Counter[str] = Counter()
         self.note: EncoderNote | None = None
         """Which implementation encodes; the checked bytes are those of all workers."""
         self._checked: dict[int, int] = {}
@@ -180,6 +184,7 @@ class PackRun:
                 "splits": splits,
                 "num_errors": self._num_errors,
                 "num_special_names": self._num_special,
+                **({"quality": dict(sorted(self._cleaned.items()))} if "quality" in self._folder.plan else {}),
             },
             has_errors=self._num_errors > 0,
         )
@@ -211,13 +216,28 @@ class PackRun:
             self._note(error)
         self._num_special += result.num_special
         self._has_text = self._has_text or result.has_text
+        self._cleaned.update(result.cleaned)
         self._num_pieces = number + 1
         self._chain = hashlib.blake2b(self._chain + result.digest, digest_size=32).digest()
         for split in self._splits.values():
             if split.places and not split.writer and split.places[-1].piece == number and split.places[-1].chain != self._chain.hex():
                 raise self._changed(piece)
         for segment in result.segments:
-            yield from self._write(number, segment)
+            yield from self._write(number, self._without_duplicates(segment))
+
+    def _without_duplicates(self, segment: Segment) -> Segment:
+        """`segment` without the documents that came before, where those are to be left out."""
+        if segment.keys is None or segment.sizes is None:
+            return segment
+        fresh = self._duplicates.fresh(segment.keys)
+        if fresh.all():
+            return segment
+        self._cleaned["duplicates"] += int((~fresh).sum())
+        ids, ends = segment.ids, segment.ends
+        if ids is not None:
+            lengths = np.diff(ends, prepend=np.uint32(0))
+            ids, ends = ids[np.repeat(fresh, lengths)], np.cumsum(lengths[fresh], dtype=np.uint32)
+        return Segment(segment.is_val, int(fresh.sum()), int(segment.sizes[fresh].sum()), ids, ends)
 
     def _write(self, number: int, segment: Segment) -> Iterator[ShardWritten]:
         """Bring the ids of piece `number` for one split to its shards, as far as they are not there already."""
@@ -269,6 +289,8 @@ class PackRun:
         if not self._has_text:
             if self._num_errors:
                 raise LlmctlError(f"every record failed ({self._num_errors:,}); the first: {self._folder.first_error()}")
+            if self._cleaned:
+                raise InputError(f"the filters left nothing of the input: {', '.join(f'{n:,} {why}' for why, n in self._cleaned.items())}")
             raise InputError("the input holds no text: nothing but empty or blank documents")
 
     def _changed(self, piece: Piece | None) -> InputError:

@@ -23,12 +23,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, Protocol
 
 import numpy as np
+import numpy.typing as npt
 
 from llmctl.core.data.documents import Piece, SplitRule
 from llmctl.core.data.encode import EncodedPiece, EncoderNote, EncodeRules, PieceEncoder, Segment
 from llmctl.core.data.encoders import UnequalError
+from llmctl.core.data.quality import QualityRules
 from llmctl.core.data.records import RecordError
-from llmctl.core.errors import InputError, LlmctlError
+from llmctl.core.errors import InputError, LlmctlError, UsageError
 
 if TYPE_CHECKING:
     from llmctl.core.tokenizer import Tokenizer
@@ -175,6 +177,8 @@ class _Worker:
         header, data = answer
         if "input_error" in header:
             raise InputError(header["input_error"])
+        if "missing_extra" in header:
+            raise UsageError(header["missing_extra"])
         if "unequal" in header:
             raise UnequalError(header["unequal"])
         if "failure" in header:
@@ -220,6 +224,8 @@ def worker_main() -> None:
             raise
         except InputError as error:
             write_frame(sink, {"input_error": str(error)}, b"")
+        except UsageError as error:
+            write_frame(sink, {"missing_extra": str(error)}, b"")
         except UnequalError as error:
             write_frame(sink, {"unequal": str(error)}, b"")
         except MemoryError:
@@ -262,9 +268,15 @@ def rules_from_frame(header: Any, data: bytes) -> tuple[EncodeRules, "Tokenizer"
 
     from llmctl.core.tokenizer import Tokenizer
 
-    rules = EncodeRules(**{**header["rules"], "split": SplitRule(**header["rules"]["split"])})
+    given = header["rules"]
+    settings: dict[str, Any] = {name: tuple(map(_hashable, v)) if isinstance(v, list) else v for name, v in given["quality"].items()}
+    rules = EncodeRules(**{**given, "split": SplitRule(**given["split"]), "quality": QualityRules(**settings)})
     bos, eos = header["names"]
     return rules, Tokenizer.from_parts(tokenizers.Tokenizer.from_buffer(data), bos=bos, eos=eos, pad=None)
+
+
+def _hashable(value: Any) -> Any:
+    return tuple(value) if isinstance(value, list) else value
 
 
 def batch_to_frame(batch: PieceBatch) -> tuple[Any, bytes]:
@@ -286,34 +298,54 @@ def batch_from_frame(header: Any, data: bytes) -> PieceBatch:
 
 def results_to_frame(results: Sequence[EncodedPiece], note: EncoderNote) -> tuple[Any, bytes]:
     """Results as header and bytes: all document ends, then all ids, in order."""
-    rows, ends, ids = [], [], []
+    rows: list[Any] = []
+    keys: list[npt.NDArray[Any]] = []
+    sizes: list[npt.NDArray[Any]] = []
+    ends: list[npt.NDArray[Any]] = []
+    ids: list[npt.NDArray[Any]] = []
     for result in results:
         segments = []
         for segment in result.segments:
             num_ids = None if segment.ids is None else len(segment.ids)
-            segments.append([segment.is_val, segment.num_documents, segment.num_bytes, num_ids, len(segment.ends)])
+            num_keys = None if segment.keys is None else segment.keys.shape[1]
+            segments.append([segment.is_val, segment.num_documents, segment.num_bytes, num_ids, len(segment.ends), num_keys])
+            if segment.keys is not None and segment.sizes is not None:
+                keys.append(segment.keys)
+                sizes.append(segment.sizes)
             ends.append(segment.ends)
             if segment.ids is not None:
                 ids.append(segment.ids)
         errors = [[e.source, e.line, e.offset, e.reason] for e in result.errors]
-        rows.append([segments, errors, result.digest.hex(), result.num_special, result.has_text])
+        rows.append([segments, errors, result.digest.hex(), result.num_special, result.has_text, result.cleaned])
     dtype = ids[0].dtype.str if ids else "<u4"
-    return {"results": rows, "dtype": dtype, "note": dataclasses.astuple(note)}, b"".join([array.data for array in (*ends, *ids)])
+    return {"results": rows, "dtype": dtype, "note": dataclasses.astuple(note)}, b"".join(
+        [array.data for array in (*keys, *sizes, *ends, *ids)]
+    )
 
 
 def results_from_frame(header: Any, data: bytes) -> tuple[list[EncodedPiece], EncoderNote]:
     """The inverse of results_to_frame."""
-    num_ends = sum(segment[4] for row in header["results"] for segment in row[0])
-    all_ends = np.frombuffer(data, dtype="<u4", count=num_ends)
-    all_ids = np.frombuffer(data, dtype=header["dtype"], offset=4 * num_ends)
+    found_segments = [segment for row in header["results"] for segment in row[0]]
+    num_ends = sum(segment[4] for segment in found_segments)
+    num_sizes = sum(segment[1] for segment in found_segments if segment[5] is not None)
+    num_keys = sum(segment[1] * segment[5] for segment in found_segments if segment[5] is not None)
+    all_keys = np.frombuffer(data, dtype="<u8", count=num_keys)
+    all_sizes = np.frombuffer(data, dtype="<u4", offset=8 * num_keys, count=num_sizes)
+    all_ends = np.frombuffer(data, dtype="<u4", offset=8 * num_keys + 4 * num_sizes, count=num_ends)
+    all_ids = np.frombuffer(data, dtype=header["dtype"], offset=8 * num_keys + 4 * (num_sizes + num_ends))
     results: list[EncodedPiece] = []
-    end, start = 0, 0
-    for rows, errors, digest, num_special, has_text in header["results"]:
+    end, start, key, size = 0, 0, 0, 0
+    for rows, errors, digest, num_special, has_text, cleaned in header["results"]:
         segments = []
-        for is_val, num_documents, num_bytes, num_ids, num_ends in rows:
+        for is_val, num_documents, num_bytes, num_ids, num_ends, width in rows:
             ids = None if num_ids is None else all_ids[start : start + num_ids]
-            segments.append(Segment(is_val, num_documents, num_bytes, ids, all_ends[end : end + num_ends]))
+            keys = sizes = None
+            if width is not None:
+                keys = all_keys[key : key + num_documents * width].reshape(num_documents, width)
+                sizes = all_sizes[size : size + num_documents]
+                key, size = key + num_documents * width, size + num_documents
+            segments.append(Segment(is_val, num_documents, num_bytes, ids, all_ends[end : end + num_ends], keys, sizes))
             end, start = end + num_ends, start + (num_ids or 0)
         found = tuple(RecordError(*error) for error in errors)
-        results.append(EncodedPiece(tuple(segments), found, bytes.fromhex(digest), num_special, has_text))
+        results.append(EncodedPiece(tuple(segments), found, bytes.fromhex(digest), num_special, has_text, cleaned))
     return results, EncoderNote(*header["note"])
