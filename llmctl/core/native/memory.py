@@ -4,6 +4,7 @@ A step reads each weight once, so the address of every page is looked up once a 
 one core of a Xeon (Emerald Rapids) read weights at 16.3 instead of 13.9 GB/s.
 """
 
+import contextlib
 import mmap
 from typing import Any
 
@@ -50,10 +51,8 @@ def _huge_zeros(num_bytes: int) -> NDArray[np.uint8]:
         raise MemoryError(f"no memory for {num_bytes:,} bytes of weights") from error
     advice = getattr(mmap, "MADV_HUGEPAGE", None)  # Linux only
     if advice is not None:
-        try:
+        with contextlib.suppress(OSError):  # a kernel without huge pages
             mapping.madvise(advice)
-        except OSError:  # a kernel without huge pages
-            pass
     raw: NDArray[np.uint8] = np.frombuffer(mapping, dtype=np.uint8)
     start = -raw.ctypes.data % _HUGE_PAGE
     return raw[start : start + num_bytes]
