@@ -26,10 +26,18 @@ bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
 }
 #endif
 
+#if defined(__x86_64__)
+bool has_bf16() {
+    unsigned eax, ebx, ecx, edx;
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1u);
+}
+#endif
+
 bool can_run(const Kernels& kernels) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (&kernels == &kAvx512Bf16Kernels) return has_bf16() && can_run(kAvx512Kernels);
     if (&kernels == &kAvx512Kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
                __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512vnni") && __builtin_cpu_supports("fma");
@@ -39,7 +47,7 @@ bool can_run(const Kernels& kernels) {
 
 const Kernels* const kAll[] = {  // the best first
 #if defined(__x86_64__)
-    &kAvx512Kernels, &kAvx2Kernels,
+    &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
 #endif
     &kBaselineKernels};
 
@@ -143,9 +151,9 @@ void run_step(Session& session, const Model& model, const Step& step) {
         part.slots += first;
         part.wants_logits += first;
         part.logits = logits;
-        const ChunkJob job{session.kernels,
-                           Chunk{&model, &part, scratch, session.pool.num_threads(), [](void* pool) { static_cast<Pool*>(pool)->barrier(); },
-                                 &session.pool}};
+        const auto wait = [](void* pool) { static_cast<Pool*>(pool)->barrier(); };
+        const Chunk chunk{&model, &part, scratch, session.pool.num_threads(), session.kernels->bf16_dots, wait, &session.pool};
+        const ChunkJob job{session.kernels, chunk};
         session.pool.run(
             [](const void* context, int thread) {
                 const ChunkJob& job = *static_cast<const ChunkJob*>(context);
@@ -227,9 +235,7 @@ struct MultiplyJob {
 void multiply(const MultiplyJob& job, int thread) {
     const int num_threads = job.pool->num_threads();
     const auto part = [&](int count, int at) { return static_cast<int>(static_cast<int64_t>(count) * at / num_threads); };
-    if (job.matrix->kind == kInt8 || job.matrix->kind == kInt4)
-        for (int row = part(job.rows, thread); row < part(job.rows, thread + 1); ++row)
-            job.kernels->quantise(job.x.x + row * job.x.stride, job.matrix->inputs, job.x.quantised, row);
+    for (int row = part(job.rows, thread); row < part(job.rows, thread + 1); ++row) job.kernels->prepare(*job.matrix, job.x, row);
     job.pool->barrier();
     const int blocks = (job.matrix->outputs + kLanes - 1) / kLanes;
     job.kernels->multiply(*job.matrix, part(blocks, thread), part(blocks, thread + 1), job.x, job.rows, job.y,
@@ -301,7 +307,7 @@ EXPORTED int32_t llmctl_multiply(void* session, const Matrix* matrix, const floa
     try {
         const size_t bytes = static_cast<size_t>(rows) * whole_groups(matrix->inputs) / kQuantGroup * kQuantBytes;
         const QuantRows quantised = quant_rows(owner.memory.get(bytes / sizeof(float)), rows, matrix->inputs);
-        const MultiplyJob job{owner.kernels, matrix, {x, static_cast<size_t>(matrix->inputs), quantised}, rows, y, &owner.pool};
+        const MultiplyJob job{owner.kernels, matrix, {x, static_cast<size_t>(matrix->inputs), quantised, owner.kernels->bf16_dots}, rows, y, &owner.pool};
         owner.pool.run([](const void* context, int thread) { multiply(*static_cast<const MultiplyJob*>(context), thread); }, &job);
         return 0;
     } catch (const std::bad_alloc&) {

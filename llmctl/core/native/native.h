@@ -11,7 +11,7 @@
 
 namespace llmctl {
 
-constexpr int32_t kAbi = 3;     // raised with every change to a struct, a layout or a function of the C interface
+constexpr int32_t kAbi = 4;     // raised with every change to a struct, a layout or a function of the C interface
 constexpr int kLanes = 16;      // output rows of one packed block
 constexpr int kQuantGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 256;     // tokens that pass through all layers together: bounds the scratch memory
@@ -89,7 +89,8 @@ struct Step {
 
 // ---- inside the library
 
-// Rows quantised for products with int8 and int4: code, scale and sums of each group of 32 inputs.
+// Rows rounded for a product. For int8 and int4: code, scale and sums of each group of 32 inputs. For bf16 in instructions that
+// multiply bf16: bf16 numbers [row][G][32] alone, in the place of `codes`.
 struct QuantRows {
     signed char* codes;  // [row][G][32]; a number is about scale * code
     float* scales;       // [row][G]
@@ -97,13 +98,14 @@ struct QuantRows {
     float* sums;         // [row][G], scale * sum of the group's codes: what a minimum is multiplied by
     int groups;
 };
-constexpr size_t kQuantBytes = 32 + 12;  // of one group
+constexpr size_t kQuantBytes = 64 + 12;  // of one group
 
-// Rows that enter a product: as they are for weights of floats, quantised for int8 and int4.
+// Rows that enter a product: as they are for weights of floats, else rounded as the matrix and the instructions want it.
 struct Inputs {
     const float* x;
     size_t stride;
     QuantRows quantised;
+    bool bf16_dots;  // bf16 weights are multiplied with rows rounded to bf16
 };
 
 // Memory of one chunk of tokens; rows are padded to whole groups of 32 numbers, zeros where something reads them.
@@ -126,7 +128,7 @@ static inline QuantRows quant_rows(void* memory, int rows, int inputs) {
     const int groups = (inputs + kQuantGroup - 1) / kQuantGroup;
     const size_t count = static_cast<size_t>(rows) * groups;
     signed char* codes = static_cast<signed char*>(memory);
-    float* numbers = reinterpret_cast<float*>(codes + count * kQuantGroup);
+    float* numbers = reinterpret_cast<float*>(codes + count * kQuantGroup * sizeof(uint16_t));
     return {codes, numbers, reinterpret_cast<int32_t*>(numbers + count), numbers + 2 * count, groups};
 }
 
@@ -135,6 +137,7 @@ struct Chunk {
     const Step* step;  // its pointers start at this chunk
     Scratch scratch;
     int num_threads;
+    bool bf16_dots;
     void (*barrier)(void* pool);
     void* pool;
 };
@@ -142,9 +145,10 @@ struct Chunk {
 // The same functions, compiled once for each instruction set.
 struct Kernels {
     const char* name;
+    bool bf16_dots;  // AVX512_BF16: whether these kernels may use its instruction
     void (*run_chunk)(const Chunk& chunk, int thread);
-    // row `row` of x (rows, inputs) into `quantised`, for `multiply`
-    void (*quantise)(const float* x, int inputs, const QuantRows& quantised, int row);
+    // row `row` of x rounded for `multiply`, if the matrix wants that
+    void (*prepare)(const Matrix& matrix, const Inputs& x, int row);
     // y (rows, outputs) = x (rows, inputs) * matrix + bias, for the blocks first <= b < last
     void (*multiply)(const Matrix& matrix, int first, int last, const Inputs& x, int rows, float* y, size_t y_stride);
 };
@@ -153,6 +157,7 @@ extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
 extern const Kernels kAvx512Kernels;
+extern const Kernels kAvx512Bf16Kernels;
 #endif
 
 }  // namespace llmctl

@@ -71,7 +71,34 @@ void quantise_groups(const float* x, int inputs, int first, int last, const Quan
     }
 }
 
-void quantise(const float* x, int inputs, const QuantRows& rows, int row) { quantise_groups(x, inputs, 0, rows.groups, rows, row); }
+// How the rows that a matrix is multiplied with are rounded.
+enum Rounding { kAsTheyAre, kToCodes, kToBf16 };
+
+Rounding rounding_for(const Matrix& matrix, bool bf16_dots) {
+    if (matrix.kind == kInt8 || matrix.kind == kInt4) return kToCodes;
+    return matrix.kind == kBfloat16 && bf16_dots ? kToBf16 : kAsTheyAre;
+}
+
+// The groups first <= g < last of a row as bf16, to the nearest, ties to even; NaN stays NaN.
+void round_groups(const float* x, int inputs, int first, int last, const QuantRows& rows, int row) {
+    uint16_t* to = reinterpret_cast<uint16_t*>(rows.codes) + static_cast<size_t>(row) * rows.groups * kQuantGroup;
+    const int begin = first * kQuantGroup, end = last * kQuantGroup, known = end < inputs ? end : inputs;
+    for (int i = begin; i < known; ++i) {
+        const uint32_t bits = as_bits(x[i]), rounded = bits + 0x7fffu + (bits >> 16 & 1u);
+        to[i] = static_cast<uint16_t>(((bits & 0x7fffffffu) > 0x7f800000u ? bits | 0x400000u : rounded) >> 16);
+    }
+    for (int i = known; i < end; ++i) to[i] = 0;
+}
+
+// The groups first <= g < last of row `row`, rounded.
+void prepare_groups(Rounding rounding, const float* x, int inputs, int first, int last, const QuantRows& rows, int row) {
+    if (rounding == kToCodes) quantise_groups(x, inputs, first, last, rows, row);
+    if (rounding == kToBf16) round_groups(x, inputs, first, last, rows, row);
+}
+
+void prepare_row(Rounding rounding, const float* x, int inputs, const QuantRows& rows, int row) {
+    prepare_groups(rounding, x, inputs, 0, rows.groups, rows, row);
+}
 
 // Four input codes of a row, for every output.
 INLINE IntVec four_codes(const signed char* codes) {
@@ -264,6 +291,64 @@ void quant_product(const QuantPacked& matrix, int first, int last, const QuantRo
     }
 }
 
+#if defined(__AVX512F__)
+
+// For CPUs with AVX512_BF16 alone, which are asked at run time: pairs of bf16 products added to a float32 sum at once.
+#define USES_BF16 __attribute__((target("avx512bf16")))
+
+template <int Blocks, int Rows>
+USES_BF16 void bf16_blocks_by_rows(const Packed& matrix, int block, const QuantRows& x, int row, const Target& target) {
+    const size_t row_bytes = static_cast<size_t>(x.groups) * kQuantGroup * sizeof(uint16_t);
+    const char* weights = matrix.weights + block * matrix.block_bytes;
+    const char* numbers = reinterpret_cast<const char*>(x.codes) + row * row_bytes;
+    Vec sums[Blocks][Rows][kParts];
+    for (int b = 0; b < Blocks; ++b)
+        for (int r = 0; r < Rows; ++r) sums[b][r][0] = splat(0.0f);
+    for (size_t pair = 0; pair < static_cast<size_t>(matrix.inputs + 1) / 2; ++pair) {
+        __m512i w[Blocks];
+#pragma GCC unroll 4
+        for (int b = 0; b < Blocks; ++b) {
+            const char* at = weights + b * matrix.block_bytes + pair * 64;
+            __builtin_prefetch(at + Blocks * matrix.block_bytes, 0, 2);
+            w[b] = (__m512i)load_bits(at);
+        }
+#pragma GCC unroll 8
+        for (int r = 0; r < Rows; ++r) {
+            const __m512i input = (__m512i)four_codes(reinterpret_cast<const signed char*>(numbers + r * row_bytes + pair * 4));
+#pragma GCC unroll 4
+            for (int b = 0; b < Blocks; ++b)
+                sums[b][r][0] = (Vec)_mm512_dpbf16_ps((__m512)sums[b][r][0], (__m512bh)w[b], (__m512bh)input);
+        }
+    }
+    for (int b = 0; b < Blocks; ++b)
+        for (int r = 0; r < Rows; ++r) put(target, row + r, block + b, sums[b][r]);
+}
+
+template <int Rows>
+void bf16_group_by_rows(const Packed& matrix, int first, int last, const QuantRows& x, int row, const Target& target) {
+    int block = first;
+    for (; block + 2 <= last; block += 2) bf16_blocks_by_rows<2, Rows>(matrix, block, x, row, target);
+    for (; block < last; ++block) bf16_blocks_by_rows<1, Rows>(matrix, block, x, row, target);
+}
+
+// Rows go by eight, four, two and one: few kernels, and each row's sums run over the inputs from first to last in all of them.
+void bf16_product(const Packed& matrix, int first, int last, const QuantRows& x, int rows, const Target& target) {
+    for (int block = first; block < last; block += kGroup) {
+        const int stop = last - block < kGroup ? last : block + kGroup;
+        int row = 0;
+        for (; row + 8 <= rows; row += 8) bf16_group_by_rows<8>(matrix, block, stop, x, row, target);
+        for (; row + 4 <= rows; row += 4) bf16_group_by_rows<4>(matrix, block, stop, x, row, target);
+        for (; row + 2 <= rows; row += 2) bf16_group_by_rows<2>(matrix, block, stop, x, row, target);
+        for (; row < rows; ++row) bf16_group_by_rows<1>(matrix, block, stop, x, row, target);
+    }
+}
+
+#else
+
+void bf16_product(const Packed&, int, int, const QuantRows&, int, const Target&) {}  // no such kernels are offered
+
+#endif
+
 // The blocks first <= b < last of matrix * x, for `rows` rows of x, of any kind.
 void product(const Matrix& matrix, int first, int last, const Inputs& x, int rows, Target target) {
     target.bias = matrix.bias;
@@ -273,6 +358,8 @@ void product(const Matrix& matrix, int first, int last, const Inputs& x, int row
     const QuantPacked quantised{weights, matrix.scales, matrix.minimums, num_groups(matrix.inputs)};
     if (matrix.kind == kFloat32)
         product<kFloat32>(Packed{weights, inputs * kLanes * 4, matrix.inputs}, first, last, x.x, x.stride, rows, target);
+    else if (matrix.kind == kBfloat16 && x.bf16_dots)
+        bf16_product(Packed{weights, (inputs + 1) / 2 * kLanes * 4, matrix.inputs}, first, last, x.quantised, rows, target);
     else if (matrix.kind == kBfloat16)
         product<kBfloat16>(Packed{weights, (inputs + 1) / 2 * kLanes * 4, matrix.inputs}, first, last, x.x, x.stride, rows, target);
     else if (matrix.kind == kInt8)
@@ -282,8 +369,6 @@ void product(const Matrix& matrix, int first, int last, const Inputs& x, int row
     else
         quant_product<kInt4Centred>(quantised, first, last, x.quantised, rows, target);
 }
-
-bool is_quantised(const Matrix& matrix) { return matrix.kind == kInt8 || matrix.kind == kInt4; }
 
 // One row of a packed matrix, as floats. Codes are widened by scale * code, and that + minimum.
 void row_of(const Matrix& matrix, size_t row, float* y) {

@@ -56,7 +56,9 @@ class Worker {
     float* normed(int t) const { return scratch_.normed + (own_area_ + t) * scratch_.hidden_stride; }
     float* qkv(int t) const { return scratch_.qkv + t * scratch_.qkv_stride; }
 
-    // The rows that enter products with matrices of so many inputs, quantised: this thread's own where they are few.
+    Rounding rounding(const Matrix& matrix) const { return rounding_for(matrix, chunk_.bf16_dots); }
+
+    // The rows that enter products with matrices of so many inputs, rounded: this thread's own where they are few.
     QuantRows quantised(int inputs) const {
         const size_t bytes = static_cast<size_t>(num_groups(inputs)) * kQuantBytes;
         return quant_rows(reinterpret_cast<char*>(scratch_.quantised) + own_area_ * bytes, few_ ? kFewTokens : num_tokens_, inputs);
@@ -109,19 +111,19 @@ class Worker {
 
     Target onto_hidden() const { return {scratch_.hidden, scratch_.hidden_stride, nullptr, 0, true, model_.residual_multiplier, false}; }
 
-    // Norms of the rows that token_of(row) names, quantised too where the next matrices are.
+    // Norms of the rows that token_of(row) names, rounded as the next matrices want them.
     template <typename TokenOf>
-    Inputs norms(int count, bool for_quantised, const float* weight, const float* bias, TokenOf token_of) const {
-        const Inputs inputs{normed(0), scratch_.hidden_stride, quantised(model_.hidden_size)};
+    Inputs norms(int count, Rounding rounding, const float* weight, const float* bias, TokenOf token_of) const {
+        const Inputs inputs{normed(0), scratch_.hidden_stride, quantised(model_.hidden_size), chunk_.bf16_dots};
         prepare(count, [&](int row) {
             norm(hidden(token_of(row)), normed(row), weight, bias);
-            if (for_quantised) quantise(normed(row), model_.hidden_size, inputs.quantised, row);
+            prepare_row(rounding, normed(row), model_.hidden_size, inputs.quantised, row);
         });
         return inputs;
     }
 
     void attention(const Layer& layer) const {
-        const Inputs inputs = norms(num_tokens_, is_quantised(layer.qkv), layer.attn_norm, layer.attn_norm_bias, [](int row) { return row; });
+        const Inputs inputs = norms(num_tokens_, rounding(layer.qkv), layer.attn_norm, layer.attn_norm_bias, [](int row) { return row; });
         multiply(layer.qkv, inputs, {scratch_.qkv, scratch_.qkv_stride, nullptr, 0, false, 1.0f, false});
         wait();
         if (model_.whole_qk_norm && layer.q_norm) {
@@ -140,9 +142,10 @@ class Worker {
         attend(attention);
         wait();
         const int size = model_.num_heads * model_.head_dim;
-        const Inputs attended{scratch_.attended, scratch_.attended_stride, quantised(size)};
-        if (is_quantised(layer.out))
-            prepare(num_tokens_, [&](int row) { quantise(attended.x + row * attended.stride, size, attended.quantised, row); });
+        const Inputs attended{scratch_.attended, scratch_.attended_stride, quantised(size), chunk_.bf16_dots};
+        const Rounding rounding_out = rounding(layer.out);
+        if (rounding_out != kAsTheyAre)
+            prepare(num_tokens_, [&](int row) { prepare_row(rounding_out, attended.x + row * attended.stride, size, attended.quantised, row); });
         const bool at_once = !layer.attn_post_norm && !model_.parallel_residual;
         multiply(layer.out, attended, added(at_once));
         wait();
@@ -191,8 +194,9 @@ class Worker {
     bool follows(int t) const { return step_.slots[t] == step_.slots[t - 1] && step_.positions[t] == step_.positions[t - 1] + 1; }
 
     void mlp(const Layer& layer) const {
-        const bool any_quantised = is_quantised(layer.up) || (model_.gated_mlp && is_quantised(layer.gate));
-        const Inputs inputs = norms(num_tokens_, any_quantised, layer.mlp_norm, layer.mlp_norm_bias, [](int row) { return row; });
+        // one of two matrices may be quantised and the other hold floats, but of quantised models nothing is held in bf16
+        const Rounding outer = model_.gated_mlp && rounding(layer.gate) != kAsTheyAre ? rounding(layer.gate) : rounding(layer.up);
+        const Inputs inputs = norms(num_tokens_, outer, layer.mlp_norm, layer.mlp_norm_bias, [](int row) { return row; });
         const QuantRows inner_quantised = quant_rows(scratch_.mlp_quantised, num_tokens_, model_.mlp_size);
         float* inner = model_.gated_mlp ? scratch_.gate : scratch_.up;
         const size_t stride = scratch_.mlp_stride;
@@ -207,12 +211,12 @@ class Worker {
             for (int t = 0; t < num_tokens_; ++t) {
                 const size_t at = t * stride + static_cast<size_t>(first) * kLanes;
                 activate(inner + at, model_.gated_mlp ? scratch_.up + at : nullptr, (last - first) * kLanes, model_.activation);
-                if (is_quantised(layer.down)) quantise_groups(inner + t * stride, model_.mlp_size, group, stop, inner_quantised, t);
+                prepare_groups(rounding(layer.down), inner + t * stride, model_.mlp_size, group, stop, inner_quantised, t);
             }
         }
         wait();
         if (model_.parallel_residual) add_branch(nullptr, nullptr);  // attention's part, now that nobody reads what it read
-        multiply(layer.down, {inner, stride, inner_quantised}, added(!layer.mlp_post_norm));
+        multiply(layer.down, {inner, stride, inner_quantised, chunk_.bf16_dots}, added(!layer.mlp_post_norm));
         wait();
         if (layer.mlp_post_norm) add_branch(layer.mlp_post_norm, layer.mlp_post_norm_bias);
     }
@@ -221,7 +225,7 @@ class Worker {
         int wanted[kChunk], num_wanted = 0;
         for (int t = 0; t < num_tokens_; ++t)
             if (step_.wants_logits[t]) wanted[num_wanted++] = t;
-        const Inputs inputs = norms(num_wanted, is_quantised(model_.head), model_.final_norm, model_.final_norm_bias,
+        const Inputs inputs = norms(num_wanted, rounding(model_.head), model_.final_norm, model_.final_norm_bias,
                                     [&](int row) { return wanted[row]; });
         const Range blocks = share(num_blocks(model_.vocab_size), thread_, chunk_.num_threads);
         product(model_.head, blocks.first, blocks.last, inputs, num_wanted,
@@ -252,8 +256,15 @@ void multiply(const Matrix& matrix, int first, int last, const Inputs& x, int ro
     product(matrix, first, last, x, rows, {y, y_stride, nullptr, 0, false, 1.0f, false});
 }
 
+void prepare(const Matrix& matrix, const Inputs& x, int row) {
+    prepare_row(rounding_for(matrix, x.bf16_dots), x.x + row * x.stride, matrix.inputs, x.quantised, row);
+}
+
 }  // namespace
 
-const Kernels LLMCTL_KERNELS = {LLMCTL_ISA_NAME, run_chunk, quantise, multiply};
+const Kernels LLMCTL_KERNELS = {LLMCTL_ISA_NAME, false, run_chunk, prepare, multiply};
+#if defined(__AVX512F__)
+const Kernels kAvx512Bf16Kernels = {"avx512bf16", true, run_chunk, prepare, multiply};
+#endif
 
 }  // namespace llmctl
