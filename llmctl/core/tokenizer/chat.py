@@ -10,11 +10,14 @@ from bisect import bisect_left
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
+from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 from llmctl.core.errors import InputError
 
 if TYPE_CHECKING:
+    from llmctl.core.tokenizer.skeleton import Skeleton
+    from llmctl.core.tokenizer.template import ChatTemplate
     from llmctl.core.tokenizer.tokenizer import Tokenizer
 
 Messages = Sequence[Mapping[str, Any]]
@@ -24,6 +27,10 @@ _ASSISTANT = "assistant"
 _PROBE = "llmctl-probe"
 _REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 """Names under which messages bring their reasoning. Templates read the first, or the second, so both are filled in."""
+_MOST_FORMS = 256
+"""Orders of roles whose skeletons are kept; conversations of many turns have many."""
+_MOST_CHARS = 1 << 20
+"""In the texts of a conversation that is put together; a template is run on longer ones, and its limits look after them."""
 _NO_TOKEN = -1
 """In place of a control's id: cut the text here, and put nothing."""
 
@@ -52,6 +59,7 @@ class ChatEncoder:
         self._tokenizer = tokenizer
         self._source = tokenizer.chat_template
         self._template = ChatTemplate(tokenizer.chat_template)
+        self._skeletons: dict[tuple[str, ...], Skeleton | None] = {}
 
     def render(self, messages: Messages, *, add_generation_prompt: bool) -> str:
         """See Tokenizer.render_chat."""
@@ -66,19 +74,14 @@ class ChatEncoder:
 
     def encode_turns(self, messages: Messages) -> list[tuple[list[int], bool]]:
         """See Tokenizer.encode_chat_turns."""
-        rendered = self._render_marked(_plain(messages), prompt=False, with_answers=True)
+        plain = _plain(messages)
+        rendered = self._put_together(plain) or self._render_marked(plain, prompt=False, with_answers=True)
         tokens = self._encode_with_starts(rendered)
         starts = {start for _, start in tokens}
         cuts = [(first, first, _NO_TOKEN) for first, _ in rendered.answers if first not in starts]
         if cuts:  # a token would span the end of a prompt and its answer's first white space; generate feeds the prompt alone
             tokens = self._encode_pieces(dataclasses.replace(rendered, controls=sorted([*rendered.controls, *cuts])))
-        segments: list[tuple[list[int], bool]] = []
-        for token_id, start in tokens:
-            is_answer = any(first <= start < last for first, last in rendered.answers)
-            if not segments or segments[-1][1] != is_answer:
-                segments.append(([], is_answer))
-            segments[-1][0].append(token_id)
-        return segments
+        return _segments(tokens, rendered.answers)
 
     @cached_property
     def end_of_turn_ids(self) -> frozenset[int]:
@@ -94,10 +97,11 @@ class ChatEncoder:
 
     # rendering
 
-    def _render(self, messages: list[dict[str, Any]], *, prompt: bool) -> tuple[str, list[Span]]:
+    def _render(self, messages: list[dict[str, Any]], *, prompt: bool, template: "ChatTemplate | None" = None) -> tuple[str, list[Span]]:
         named = {"bos_token": self._tokenizer.bos_token, "eos_token": self._tokenizer.eos_token, "pad_token": self._tokenizer.pad_token}
         variables = {name: token for name, token in named.items() if token is not None}
-        return self._template.render({**variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt})
+        template = self._template if template is None else template
+        return template.render({**variables, "messages": messages, "tools": None, "documents": None, "add_generation_prompt": prompt})
 
     def _render_marked(self, messages: list[dict[str, Any]], *, prompt: bool, with_answers: bool) -> _Rendered:
         marker = _Marker(self._tokenizer, self._source, messages)
@@ -116,6 +120,70 @@ class ChatEncoder:
             was_marked=True,
         )
 
+    def _put_together(self, messages: list[dict[str, Any]]) -> _Rendered | None:
+        """What `_render_marked` gives with answers, without running the template; None where that is not known to be the same."""
+        if any(message.keys() != {"role", "content"} for message in messages):
+            return None
+        contents = [message["content"] for message in messages]
+        if not all(isinstance(text, str) and text and not text.isspace() for text in contents) or sum(map(len, contents)) > _MOST_CHARS:
+            return None
+        roles = tuple(message["role"] for message in messages)
+        if roles not in self._skeletons:
+            if len(self._skeletons) >= _MOST_FORMS:
+                return None
+            self._skeletons[roles] = self._skeleton(roles)
+        skeleton = self._skeletons[roles]
+        if skeleton is None:
+            return None
+        marker = _Marker(self._tokenizer, self._source, messages)
+        for text in contents:
+            marker.mark(text)
+            if marker.was_used:
+                return None
+        text, answers = skeleton.filled(contents)
+        controls = [(m.start(), m.end(), self._tokenizer.special_tokens[m[0]]) for m in self._tokenizer.special_pattern.finditer(text)]
+        return _Rendered(text, controls, answers, was_marked=False)
+
+    @cached_property
+    def _watched(self) -> "ChatTemplate | None":
+        """The template for runs on stand-ins, or None when it has none."""
+        from llmctl.core.tokenizer.skeleton import Inspected, watching_environment
+        from llmctl.core.tokenizer.template import ChatTemplate
+
+        try:
+            return ChatTemplate(self._source, sandbox=watching_environment())
+        except (Inspected, InputError):
+            return None
+
+    def _skeleton(self, roles: tuple[str, ...]) -> "Skeleton | None":
+        """The skeleton of a form; None when the template looks at texts, or does not show the answers by its prompts."""
+        from llmctl.core.tokenizer.skeleton import Inspected, Skeleton, StandIn
+
+        taken = set(self._source).union(*self._tokenizer.special_tokens)
+        unused = (chr(code) for code in _PRIVATE_USE if code % 2 == 0 and not {chr(code), chr(code + 1)} & taken)
+        free = list(islice(unused, len(roles)))
+        if self._watched is None or len(free) < len(roles):
+            return None
+        messages = [{"role": role, "content": StandIn(char)} for role, char in zip(roles, free, strict=True)]
+        try:
+            text, _ = self._render(messages, prompt=False, template=self._watched)
+            answers: list[Span] = []
+            for number, role in enumerate(roles):
+                if role != _ASSISTANT:
+                    continue
+                prompt, _ = self._render(messages[:number], prompt=True, template=self._watched)
+                whole = text if number + 1 == len(roles) else self._render(messages[: number + 1], prompt=False, template=self._watched)[0]
+                floor = answers[-1][1] if answers else 0
+                if len(prompt) < floor or not text.startswith(prompt) or not text.startswith(whole):
+                    return None
+                ends = [match.end() for match in self._tokenizer.special_pattern.finditer(whole, len(prompt))]
+                answers.append((len(prompt), ends[-1] if ends else len(whole)))
+                if answers[-1][0] >= answers[-1][1]:
+                    return None
+        except (Inspected, InputError):
+            return None
+        return Skeleton.of(text, free, answers)
+
     def _answers(self, messages: list[dict[str, Any]], text: str) -> list[Span]:
         """Where in `text` the assistant's answers stand, for a template that does not mark them itself.
 
@@ -127,7 +195,7 @@ class ChatEncoder:
                 continue
             floor = spans[-1][1] if spans else 0
             start = self._answer_start(messages[:number], message, text, floor)
-            end = self._answer_end(messages[: number + 1], message, text, start)
+            end = self._answer_end(messages[: number + 1], message, text, start, is_last=number + 1 == len(messages))
             if start is None or end is None or not floor <= start < end:
                 raise InputError(
                     f"message {number + 1}: the chat template does not show where this answer begins and ends; "
@@ -146,12 +214,14 @@ class ChatEncoder:
         place = text.find(_content(message), floor)
         return place if place >= 0 else None
 
-    def _answer_end(self, upto: list[dict[str, Any]], message: dict[str, Any], text: str, start: int | None) -> int | None:
+    def _answer_end(
+        self, upto: list[dict[str, Any]], message: dict[str, Any], text: str, start: int | None, *, is_last: bool
+    ) -> int | None:
         if start is None:
             return None
         pattern = self._tokenizer.special_pattern
         try:
-            whole, _ = self._render(upto, prompt=False)
+            whole = text if is_last else self._render(upto, prompt=False)[0]
             if text.startswith(whole):
                 ends = [match.end() for match in pattern.finditer(whole, start)]
                 return ends[-1] if ends else len(whole)
@@ -212,7 +282,7 @@ class _Marker:
     def _free(self) -> list[str]:
         """The mark, then a stand-in for each special token of a single character: characters that occur nowhere else."""
         used = set(self._source).union(*self._texts)
-        free = [chr(code) for code in _PRIVATE_USE if chr(code) not in used][: 1 + len(self._singles)]
+        free = list(islice((chr(code) for code in _PRIVATE_USE if chr(code) not in used), 1 + len(self._singles)))
         if len(free) <= len(self._singles):
             raise InputError("the messages use every private-use character of Unicode; control tokens cannot be kept apart")
         return free
@@ -293,6 +363,23 @@ def _plain_value(value: Any, number: int) -> Any:
     raise InputError(f"message {number}: {type(value).__name__} is not a value of JSON")
 
 
+def _segments(tokens: list[tuple[int, int]], answers: list[Span]) -> list[tuple[list[int], bool]]:
+    """The ids of `tokens`, (id, start) each, cut where answers begin and end: runs of ids, and whether each is an answer's."""
+    marks = bytearray(len(tokens))
+    starts = [start for _, start in tokens]
+    for first, last in answers:
+        begin, end = bisect_left(starts, first), bisect_left(starts, last)
+        marks[begin:end] = b"\1" * (end - begin)
+    segments: list[tuple[list[int], bool]] = []
+    place = 0
+    while place < len(tokens):
+        end = marks.find(not marks[place], place)
+        end = len(tokens) if end < 0 else end
+        segments.append(([token_id for token_id, _ in tokens[place:end]], bool(marks[place])))
+        place = end
+    return segments
+
+
 def _strings(value: Any) -> list[str]:
     if isinstance(value, str):
         return [value]
@@ -313,5 +400,6 @@ def _starts(text: str, offsets: Sequence[Span]) -> list[int]:
         if start > end_before and text[end_before:start].isspace():
             start = end_before
         starts.append(start)
-        end_before = max(end_before, end)
+        if end > end_before:
+            end_before = end
     return starts

@@ -219,10 +219,10 @@ def _check_method(meter: Meter, owner: str, name: str, args: tuple[Any, ...]) ->
     return args
 
 
-def environment(*, strict: bool) -> Sandbox:
+def environment(*, strict: bool, kind: type[Sandbox] = Sandbox) -> Sandbox:
     """An environment for one template. `strict` makes a name that is not there an error rather than an empty text."""
     undefined = jinja2.StrictUndefined if strict else jinja2.Undefined
-    made = Sandbox(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], undefined=undefined)
+    made = kind(trim_blocks=True, lstrip_blocks=True, extensions=[_Generation, jinja2.ext.loopcontrols], undefined=undefined)
     allowed = allowed_filters(dict(made.filters))
     made.filters.clear()
     made.filters.update(allowed, guard_loop=_guard_loop, guard_output=_guard_output, guard_concat=_guard_concat, guard_value=_guard_value)

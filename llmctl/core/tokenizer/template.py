@@ -8,20 +8,20 @@ import jinja2.exceptions
 
 from llmctl.core.errors import InputError
 from llmctl.core.tokenizer.meter import MAX_CHARS, METER, LimitReached, Meter
-from llmctl.core.tokenizer.sandbox import environment
+from llmctl.core.tokenizer.sandbox import Sandbox, environment
 
 
 class ChatTemplate:
     """A compiled chat template. Raises InputError when `source` is not one, or uses what is refused.
 
     Other templates from strangers pass the same gate: `what` is how messages call them, `strict` makes a name that is
-    not there an error rather than an empty text.
+    not there an error rather than an empty text. `sandbox` is one of another kind.
     """
 
-    def __init__(self, source: str, *, what: str = "chat template", strict: bool = False) -> None:
+    def __init__(self, source: str, *, what: str = "chat template", strict: bool = False, sandbox: Sandbox | None = None) -> None:
         self._what = what
         try:
-            self._template = environment(strict=strict).from_string(source)
+            self._template = (sandbox or environment(strict=strict)).from_string(source)
         except jinja2.TemplateSyntaxError as error:
             raise InputError(f"{what}, line {error.lineno}: {error.message}") from error
         except (jinja2.TemplateError, LimitReached, RecursionError, ValueError, OverflowError) as error:
