@@ -109,7 +109,7 @@ _llmctl() {
             esac
             ;;
         'tokenize')
-            words='train encode decode count pack merge verify -h --help'
+            words='train encode decode count inspect pack merge verify -h --help'
             ;;
         'tokenize train')
             words='--out-dir -o --output-dir --overwrite --no-overwrite --vocab-size --kind --pattern --special-token --chat --no-chat --chat-template --min-frequency --format --field --on-error --max-line-bytes --sample-bytes --seed --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
@@ -150,6 +150,15 @@ _llmctl() {
                 --format) values='text lines paragraphs jsonl' ;;
                 --field|--max-line-bytes) values='any' ;;
                 --on-error) values='stop skip' ;;
+            esac
+            ;;
+        'tokenize inspect')
+            words='--tokenizer --show-chars --sample-bytes --format --field --max-line-bytes --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            argument='file'
+            case $prev in
+                --tokenizer|--config|-c) values='file' ;;
+                --show-chars|--sample-bytes|--field|--max-line-bytes) values='any' ;;
+                --format) values='text lines paragraphs jsonl' ;;
             esac
             ;;
         'tokenize pack')

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
-from llmctl.cli import tokenize_filters, tokenize_pack
+from llmctl.cli import tokenize_filters, tokenize_inspect, tokenize_pack
 from llmctl.cli.options import CONTEXT_SETTINGS, add_command
 from llmctl.cli.shell import Shell, stderr_line
 from llmctl.cli.streams import out
@@ -50,6 +50,7 @@ def register(app: typer.Typer) -> None:
     add_command(group, name="train", command="tokenize train", config=TrainConfig, run=train, help=TRAIN_HELP)
     tokenize_filters.register(group)
     add_command(group, name="count", command="tokenize count", config=CountConfig, run=count, help=COUNT_HELP)
+    tokenize_inspect.register(group)
     tokenize_pack.register(group)
     app.add_typer(group)
 

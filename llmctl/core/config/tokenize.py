@@ -1,4 +1,4 @@
-"""The settings of `llmctl tokenize train`, `encode`, `decode` and `count`. Stdlib only. What pack has too is declared there."""
+"""The settings of `llmctl tokenize train`, `encode`, `decode`, `count` and `inspect`. Stdlib only. What pack has too is declared there."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -101,6 +101,23 @@ class CountConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         _need_tokenizer(self.tokenizer)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InspectConfig:
+    """What `llmctl tokenize inspect` does."""
+
+    inputs: tuple[str, ...] = option_like(CountConfig, "inputs")
+    tokenizer: tuple[str, ...] = option((), "A folder, a tokenizer.json, or a model; repeatable, to compare.", metavar="REF")
+    show_chars: int = option(600, "Characters of the text to show token by token.", minimum=0, metavar="N")
+    sample_bytes: int = option(4 << 20, "Look at so much of the text.", minimum=1, metavar="N")
+    format: str | None = option_like(PackConfig, "format")
+    field: str = option_like(PackConfig, "field")
+    max_line_bytes: int = option_like(PackConfig, "max_line_bytes")
+
+    def __post_init__(self) -> None:
+        check_fields(self)
+        _need_tokenizer(self.tokenizer[0] if self.tokenizer else None)
 
 
 def _need_tokenizer(reference: str | None) -> None:
