@@ -278,7 +278,7 @@ complete -c llmctl -n '__llmctl_at \'eval\'' -l no-overwrite -d 'The opposite of
 complete -c llmctl -n '__llmctl_at \'eval\'' -l fail-under -x -d 'Exit 7 if a metric is worse than this (lower, or for perplexity and bits_per_byte higher); METRIC is acc, hellaswag.acc_norm, perplexity ..'
 complete -c llmctl -n '__llmctl_at \'eval\'' -l cache -d 'Keep finished scores, so that the same command goes on where it was ended'
 complete -c llmctl -n '__llmctl_at \'eval\'' -l no-cache -d 'The opposite of --cache'
-complete -c llmctl -n '__llmctl_at \'eval\'' -l cache-dir -x -a '(__fish_complete_directories)' -d 'Where finished scores are kept'
+complete -c llmctl -n '__llmctl_at \'eval\'' -l cache-dir -x -a '(__fish_complete_directories)' -d 'Where finished scores are kept, up to 256 MB'
 complete -c llmctl -n '__llmctl_at \'eval\'' -l restart -d 'Forget the finished scores of an interrupted run of this command'
 complete -c llmctl -n '__llmctl_at \'eval\'' -l no-restart -d 'The opposite of --restart'
 complete -c llmctl -n '__llmctl_at \'eval\'' -l batch-size -s b -x -d 'Sequences scored at once; an item\'s choices stay together'

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 _HELP = """Score a model: perplexity and bits per byte of text, and benchmark tasks.
 
+\b
   llmctl eval book.txt --model DIR
   llmctl eval --tasks hellaswag,piqa,lambada_openai --data DIR --limit 100
 

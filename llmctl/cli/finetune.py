@@ -4,7 +4,7 @@ import typer
 
 from llmctl.cli.launch import start_ranks
 from llmctl.cli.options import add_command
-from llmctl.cli.pretrain import with_stored
+from llmctl.cli.pretrain import check_out_dir_of, with_stored
 from llmctl.cli.shell import Shell
 from llmctl.core.config.finetune import FinetuneConfig
 
@@ -29,6 +29,7 @@ def run(config: FinetuneConfig, shell: Shell) -> None:
     if not config.dry_run and start_ranks(config.nproc, threads=config.threads):
         return
     config = with_stored(config, shell)
+    check_out_dir_of(config)
     with stop_flag() as stop:
         from llmctl.core.train.finetune import train
 

@@ -30,8 +30,12 @@ _HELP = """Generate text from a prompt, from stdin, or for each row of a JSONL f
 
 The prompt is the argument, or what is piped in, or both: piped text comes first, then a space, then the argument. One
 line break at the end of piped text or of a file does not count. The text goes to stdout as it is made."""
-_EPILOG = """Examples:  llmctl generate "Once upon a time"  ·  cat article.txt | llmctl generate "In three lines:"  ·
-llmctl generate -i prompts.jsonl -o answers.jsonl (run it again to go on after a stop)"""
+_EPILOG = """\b
+Examples:
+  llmctl generate "Once upon a time"
+  cat article.txt | llmctl generate "In three lines:"
+  llmctl generate --interactive --transcript talk.jsonl
+  llmctl generate -i prompts.jsonl -o answers.jsonl     (again: goes on)"""
 
 
 def register(app: typer.Typer) -> None:

@@ -164,7 +164,9 @@ def describe(error: BaseException) -> tuple[str, int]:
     if isinstance(error, FileNotFoundError) and error.filename is not None:
         return one_line(f"{error.filename}: no such file or folder"), 10
     if isinstance(error, OSError) and error.filename is not None:
-        return one_line(f"{error.filename}: {error.strerror}"), 2 if error.errno == errno.ENAMETOOLONG else 1
+        return one_line(f"{error.filename}: {error.strerror}"), {errno.ENAMETOOLONG: 2, errno.EACCES: 4, errno.EPERM: 4}.get(
+            error.errno or 0, 1
+        )
     if isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError":
         return "out of memory; try a smaller model, batch or context", 1
     return one_line(f"unexpected {type(error).__name__}: {error}") + "; run again with --debug and report this", 1

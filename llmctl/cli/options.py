@@ -76,8 +76,9 @@ def add_command(
         common = {key: given.pop(f"common_{key}") for key in ("config", "print_config", "json", "quiet", "verbose", "debug")}
         shell = Shell(quiet=common["quiet"], verbose=common["verbose"], json=common["json"], debug=common["debug"])
         flags = {key: _parse(value, kinds[key], flag_names[key]) for key, value in given.items() if value is not None and value != []}
-        resolved = resolve(config, command=command, flags=flags, config_file=common["config"], environ=os.environ)
-        if common["print_config"]:
+        to_show = common["print_config"]
+        resolved = resolve(config, command=command, flags=flags, config_file=common["config"], environ=os.environ, to_show=to_show)
+        if to_show:
             print_config(resolved)
             return
         shell.origins = resolved.origins
@@ -130,9 +131,9 @@ def _declarations(field: "dataclasses.Field[Any]", info: FieldInfo, kind: type) 
 
 def _help_text(field: "dataclasses.Field[Any]", info: FieldInfo) -> str:
     default = field.default
-    if default is None or default is dataclasses.MISSING or default in ((), "") or info.positional:
+    if default is None or default is dataclasses.MISSING or default in ((), "") or default is False or info.positional:
         return info.help
-    text = {True: "on", False: "off"}.get(default, default) if isinstance(default, bool) else default
+    text = "on" if default is True else default
     return f"{info.help} [default: {text}]"
 
 

@@ -9,6 +9,8 @@ from llmctl.cli.launch import start_ranks
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig
+from llmctl.core.errors import UsageError
+from llmctl.core.files import check_out_dir
 
 _HELP = """Train a model from token shards.
 
@@ -36,10 +38,20 @@ def run(config: PretrainConfig, shell: Shell) -> None:
     if not config.dry_run and start_ranks(config.nproc, threads=config.threads):
         return
     config = with_stored(config, shell)
+    check_out_dir_of(config)
     with stop_flag() as stop:
         from llmctl.core.train.pretrain import train
 
         draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, config)
+
+
+def check_out_dir_of(config: Any) -> None:
+    """Refuse a bad --out-dir before torch is imported."""
+    if config.out_dir is not None:
+        if not (config.resume or config.auto_resume or config.resume_from is not None):
+            check_out_dir(config.out_dir)
+    elif not config.dry_run:
+        raise UsageError("--out-dir is missing: the run folder for checkpoints and metrics")
 
 
 def with_stored(config: Any, shell: Shell) -> Any:

@@ -99,7 +99,7 @@ def plan_lines(plan: Planned) -> list[str]:
         f"machine    {plan.device}, {counted(plan.threads, 'thread')}, {plan.dtype}, matmul peak {si(plan.matmul_peak_flops)}FLOP/s",
         f"needs      about {num_bytes(plan.memory_bytes)} of memory beside torch, {num_bytes(plan.checkpoint_bytes)} a checkpoint",
         f"time       about {duration(plan.estimated_s)} (at half the matmul peak)",
-        f"run        {plan.run_dir}, seed {plan.seed}",
+        f"run        {plan.run_dir or 'where --out-dir will say'}, seed {plan.seed}",
     ]
 
 

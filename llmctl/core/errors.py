@@ -18,6 +18,10 @@ class UsageError(LlmctlError):
     exit_code = 2
 
 
+class MissingSettingError(UsageError):
+    """A setting that a command cannot do without is not given; `--print-config` does without. Exit 2."""
+
+
 class MissingExtraError(UsageError):
     """An optional dependency is not installed. The message ends with the line that installs it. Exit 2."""
 

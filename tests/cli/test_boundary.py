@@ -1,5 +1,6 @@
 """The contract between llmctl and a shell: exit codes, one-line errors, clean pipes, signals and secrets."""
 
+import errno
 import fcntl
 import os
 import pty
@@ -11,6 +12,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+
+from llmctl.cli.main import describe
 
 ROOT = Path(__file__).parent.parent.parent
 TOY = [sys.executable, "-m", "tests.cli.toy", "toy"]
@@ -159,6 +162,10 @@ def test_secrets_are_never_printed(debug: list[str], name: str) -> None:
 
 def test_a_missing_file_is_named() -> None:
     assert_one_error(toy("--act", "read-missing", "--message", "no/such/file"), 10, "no/such/file", "no such file")
+
+
+def test_an_input_without_permission_is_a_bad_input() -> None:
+    assert describe(PermissionError(errno.EACCES, "Permission denied", "run/config.toml")) == ("run/config.toml: Permission denied", 4)
 
 
 def test_a_folder_where_a_file_is_wanted_is_named(tmp_path: Path) -> None:

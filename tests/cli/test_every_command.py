@@ -31,9 +31,7 @@ def llmctl(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> "su
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_settings_print_as_toml_with_origins(command: str, tmp_path: Path) -> None:
-    needed = {"tokenize verify": ["shards"], "tokenize train": ["a", "-o", "b"], "tokenize pack": ["a", "-o", "b", "--tokenizer", "c"]}
-    given = needed.get(command, ["--tokenizer", "c"] if command.startswith("tokenize") else [])
-    done = llmctl(*command.split(), *given, "--print-config", cwd=tmp_path)
+    done = llmctl(*command.split(), "--print-config", cwd=tmp_path)  # what a command needs to run may be missing
     assert done.returncode == 0, done.stderr
     tomllib.loads(done.stdout.decode())
     assert all(line.endswith(("  # default", "  # flag", " is not set")) for line in done.stdout.decode().splitlines())

@@ -127,6 +127,32 @@ def test_exit_codes_without_a_run(packed: Path, tmp_path: Path, capfd: pytest.Ca
         assert not here.exists()
 
 
+def test_a_finished_run_that_is_resumed_evaluates_and_samples_no_second_time(packed: Path, tmp_path: Path) -> None:
+    here = tmp_path / "run"
+    assert run(arguments(packed, here, "--sample-every", "5")) == 0
+    before = (here / "metrics.jsonl").read_text()
+    kinds = [json.loads(line)["kind"] for line in before.splitlines()]
+    assert (kinds.count("eval"), kinds.count("sample")) == (1, 2)
+    assert run(["pretrain", "--out-dir", str(here), "--resume"]) == 0
+    assert [json.loads(line)["kind"] for line in (here / "metrics.jsonl").read_text().splitlines()] == kinds
+
+
+def test_a_dry_run_without_a_folder_and_settings_of_a_run_that_cannot_be_read(
+    packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    here = tmp_path / "run"
+    without = [word for word in arguments(packed, here, "--dry-run") if word not in ("--out-dir", str(here))]
+    assert run(without) == 0
+    captured = capfd.readouterr()
+    assert "None" not in captured.out + captured.err
+    here.mkdir()
+    (here / "config.toml").write_bytes(b"depth = \xff")
+    assert run(["pretrain", "--out-dir", str(here), "--resume"]) == 4
+    last = capfd.readouterr().err.splitlines()[-1]
+    assert str(here / "config.toml") in last
+    assert "--config" not in last
+
+
 def test_a_run_that_is_there_already(packed: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
     here = tmp_path / "run"
     assert run(arguments(packed, here)) == 0

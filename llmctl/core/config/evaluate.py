@@ -75,7 +75,10 @@ class EvaluateConfig:
     )
     cache: bool = option(True, "Keep finished scores, so that the same command goes on where it was ended.", panel=_OUT)
     cache_dir: Path | None = option(
-        None, "Where finished scores are kept. [default: $XDG_CACHE_HOME/llmctl/eval or ~/.cache/llmctl/eval]", metavar="DIR", panel=_OUT
+        None,
+        "Where finished scores are kept, up to 256 MB. [default: $XDG_CACHE_HOME/llmctl/eval or ~/.cache/llmctl/eval]",
+        metavar="DIR",
+        panel=_OUT,
     )
     restart: bool = option(False, "Forget the finished scores of an interrupted run of this command.", panel=_OUT)
 

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, option
-from llmctl.core.errors import UsageError
+from llmctl.core.errors import MissingSettingError, UsageError
 
 _INPUT, _SPLIT, _OUTPUT, _QUALITY = "Input", "Validation split", "Output", "Quality"
 
@@ -98,11 +98,11 @@ class PackConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.inputs:
-            raise UsageError("INPUT is missing: name files, folders, patterns, or - for stdin")
+            raise MissingSettingError("INPUT is missing: name files, folders, patterns, or - for stdin")
         if self.tokenizer is None:
-            raise UsageError("--tokenizer is missing: a model folder or a tokenizer.json; make one with `llmctl tokenize train`")
+            raise MissingSettingError("--tokenizer is missing: a model folder or a tokenizer.json; make one with `llmctl tokenize train`")
         if self.out_dir is None:
-            raise UsageError("--out-dir is missing: the folder for the token shards")
+            raise MissingSettingError("--out-dir is missing: the folder for the token shards")
         _ = self.shard_numbers
         if self.min_chars is not None and self.max_chars is not None and self.min_chars > self.max_chars:
             raise UsageError(f"--min-chars {self.min_chars} is more than --max-chars {self.max_chars}")
@@ -153,4 +153,4 @@ class VerifyConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if self.directory is None:
-            raise UsageError("DIR is missing: the packed folder to check")
+            raise MissingSettingError("DIR is missing: the packed folder to check")

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, Generic, TypeVar
 
 from llmctl.core.config.fields import KIND_NAMES, FieldType, check_fields, options_of, types_of
-from llmctl.core.errors import NotFoundError, UsageError
+from llmctl.core.errors import MissingSettingError, NotFoundError, UsageError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -32,12 +32,13 @@ def resolve(
     flags: Mapping[str, Any],
     config_file: Path | None,
     environ: Mapping[str, str],
+    to_show: bool = False,
 ) -> Resolved[ConfigT]:
     """Build `cls` from the layers: flags win over environment, over the file, over defaults.
 
     `command` is "pretrain" or "tokenize pack"; it makes the names LLMCTL_PRETRAIN_<FIELD>. A field named `model` is also
     read from LLMCTL_MODEL, except by pretrain. `flags` holds only what was given. Raises UsageError that names the flag, variable, or file
-    and key; NotFoundError when the file is missing.
+    and key; NotFoundError when the file is missing. With `to_show`, what a command cannot do without may be missing.
     """
     kinds = types_of(cls)
     values: dict[str, Any] = {}
@@ -54,7 +55,12 @@ def resolve(
         put(name, value, f"environment {variable}")
     for name, value in flags.items():
         put(name, tuple(value) if kinds[name].many else value, "flag")
-    return Resolved(cls(**values), origins)
+    try:
+        return Resolved(cls(**values), origins)
+    except MissingSettingError:
+        if not to_show:
+            raise
+    return Resolved(_unchecked(cls, values), origins)
 
 
 def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[str, Any]:
@@ -92,11 +98,16 @@ def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
 
 def _check_alone(cls: type, values: Mapping[str, Any]) -> None:
     """Check the values of one layer by themselves, so that the message can name the layer."""
+    check_fields(_unchecked(cls, values))
+
+
+def _unchecked(cls: type[ConfigT], values: Mapping[str, Any]) -> ConfigT:
+    """A config with these values and defaults for the others, of which nothing is checked."""
     probe: Any = object.__new__(cls)
     for field in options_of(cls):
         kind_default = () if field.default is dataclasses.MISSING else field.default
         object.__setattr__(probe, field.name, values.get(field.name, kind_default))
-    check_fields(probe)
+    return probe  # type: ignore[no-any-return]
 
 
 def _from_toml(value: Any, kind: FieldType, where: str) -> Any:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 
 from llmctl.core.config.fields import options_of
 from llmctl.core.config.resolve import resolve
+from llmctl.core.errors import InputError, UsageError
 
 ConfigT = TypeVar("ConfigT")
 
@@ -36,9 +37,12 @@ def _toml(value: Any) -> str:
 def overlay(config: ConfigT, file: Path, *, origins: Mapping[str, str], keep: Collection[str] = ()) -> ConfigT:
     """`config` with the values stored in `file` wherever nothing was given for it now.
 
-    `keep` names settings that never come from the file.
+    `keep` names settings that never come from the file. Raises InputError when the file is damaged or cannot be read.
     """
-    stored = resolve(type(config), command="", flags={}, config_file=file, environ={})
+    try:
+        stored = resolve(type(config), command="", flags={}, config_file=file, environ={}, to_show=True)
+    except UsageError as error:  # the file is the run's, nobody named it with --config
+        raise InputError(f"{str(error).removeprefix('--config ')}; repair or remove it") from error
     given = {name for name, origin in origins.items() if origin != "default"}
     skipped = set(keep) | given
     values = {

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, option, option_like
 from llmctl.core.config.pack import PackConfig
-from llmctl.core.errors import UsageError
+from llmctl.core.errors import MissingSettingError
 
 _CORPUS, _VOCABULARY = "Corpus", "Vocabulary"
 
@@ -46,9 +46,9 @@ class TrainConfig:
     def __post_init__(self) -> None:
         check_fields(self)
         if not self.inputs:
-            raise UsageError("INPUT is missing: name files, folders, patterns, or - for stdin")
+            raise MissingSettingError("INPUT is missing: name files, folders, patterns, or - for stdin")
         if self.out_dir is None:
-            raise UsageError("--out-dir is missing: the folder for the tokenizer")
+            raise MissingSettingError("--out-dir is missing: the folder for the tokenizer")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -122,4 +122,4 @@ class InspectConfig:
 
 def _need_tokenizer(reference: str | None) -> None:
     if reference is None:
-        raise UsageError("--tokenizer is missing: a folder, a tokenizer.json, or a model; make one with `llmctl tokenize train`")
+        raise MissingSettingError("--tokenizer is missing: a folder, a tokenizer.json, or a model; make one with `llmctl tokenize train`")

@@ -17,6 +17,8 @@ from llmctl.core.errors import InputError, LockedError
 from llmctl.core.files import FileLock
 
 _FORMAT = "llmctl-eval-1"
+_MAX_FOLDER_BYTES = 256 << 20
+"""Beyond it the jobs that were not touched for the longest time are forgotten."""
 _MAX_TWINS = 8
 """Runs of the same job at one time that each get a file of their own."""
 
@@ -102,6 +104,7 @@ class Progress:
                 raise
             for path in left_over:
                 path.unlink()
+        _forget_old(folder, own)
         self._file = open(own, "ab")  # noqa: SIM115 - lives as long as the job
 
     def _read(self, path: Path, data: Mapping[str, str]) -> None:
@@ -162,6 +165,31 @@ class Progress:
         if self._lock is not None:
             self._lock.release()
             self._lock = None
+
+
+def _forget_old(folder: Path, own: Path, *, max_bytes: int = _MAX_FOLDER_BYTES) -> None:
+    """Remove the files that were written to last the longest ago until no more than `max_bytes` are left in the folder.
+
+    One that is in use, and `own`, stay. The small lock files of those that go stay: another process may hold one.
+    """
+    found = []
+    for path in folder.glob("*.jsonl"):
+        with contextlib.suppress(OSError):
+            facts = path.stat()
+            found.append((facts.st_mtime_ns, facts.st_size, path))
+    excess = sum(size for _, size, _ in found) - max_bytes
+    for _, size, path in sorted(found):
+        if excess <= 0:
+            return
+        if path == own:
+            continue
+        with contextlib.suppress(LockedError, OSError):
+            lock = FileLock(path.with_suffix(".lock"))
+            try:
+                path.unlink()
+                excess -= size
+            finally:
+                lock.release()
 
 
 def _line(row: dict[str, Any]) -> bytes:

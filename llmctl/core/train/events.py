@@ -39,7 +39,7 @@ class Planned:
     device: str
     threads: int
     seed: int
-    run_dir: str
+    run_dir: str | None
     sources: tuple[SourceUse, ...] = ()
     """What is taken of each source, where there are several."""
 

@@ -7,7 +7,7 @@ how a model directory is written and read.
 import math
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Literal
 
@@ -163,6 +163,7 @@ class Trainer:
         job, loop, num_steps = self.job, self.job.loop, self.job.schedule.num_steps
         if job.resume is not None and _due(self.step, loop.eval_every) and self.step < num_steps and not self._logged("eval"):
             yield from self._evaluate(stop)  # the run was killed between saving and evaluating
+        was_done = job.resume is not None and self.step >= num_steps  # what comes after the last step may be there already
         while self.step < num_steps:
             first = self.step * loop.batch_size + self.skipped_samples
             with self._batches(first, count=num_steps - self.step) as batches:
@@ -172,8 +173,11 @@ class Trainer:
         yield from finish_saving(self)
         if self.saved_step != self.step:
             yield from self._save(stop)
-        yield from self._evaluate(stop, final=True)
-        if loop.sample_every:
+        if was_done and (evaluated := self._evaluated()) is not None:
+            self.last_eval = evaluated
+        else:
+            yield from self._evaluate(stop, final=True)
+        if loop.sample_every and not (was_done and self._logged("sample")):
             yield from self._sample()
         self.status("done")
         if profiled := self._write_profile():
@@ -398,6 +402,14 @@ class Trainer:
         job = self.job
         peak = job.matmul_peak * self._ranks.size
         return self.profile.write(job.run.path, flops_per_token=job.flops_per_token, matmul_peak=peak)
+
+    def _evaluated(self) -> EvalDone | None:
+        """The evaluation at this step that the metrics have, if any."""
+        names = {field.name for field in fields(EvalDone)}
+        for line in self.job.run.metrics.lines():
+            if line.get("kind") == "eval" and line["step"] == self.step and not line.get("averaged") and names <= {*line, "averaged"}:
+                return EvalDone(**{name: line[name] for name in names if name in line})
+        return None
 
     def _logged(self, kind: str) -> bool:
         lines = self.job.run.metrics.lines

@@ -270,7 +270,7 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         device=str(where.device),
         threads=where.threads,
         seed=config.seed,
-        run_dir=str(config.out_dir),
+        run_dir=None if config.out_dir is None else str(config.out_dir),
         sources=prepared.uses(sizes.batch_size * num_steps),
     )
 

@@ -68,7 +68,7 @@ def tracked(events: Iterable[Event], names: tuple[str, ...], *, settings: Mappin
     try:
         for event in events:
             if isinstance(event, Planned):
-                run_dir = Path(event.run_dir)
+                run_dir = None if event.run_dir is None else Path(event.run_dir)
             elif isinstance(event, StepDone | EvalDone | SampleDrawn) and not started and run_dir is not None:
                 started = True
                 for name in names:

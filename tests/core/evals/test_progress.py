@@ -1,12 +1,14 @@
 """The file of finished scores: what is damaged, foreign or changed never reaches a result."""
 
+import os
 import random
 from pathlib import Path
 
 import pytest
 
 from llmctl.core.errors import InputError
-from llmctl.core.evals.progress import Progress, default_cache_dir, job_key
+from llmctl.core.evals.progress import Progress, _forget_old, default_cache_dir, job_key
+from llmctl.core.files import FileLock
 
 DATA = {"/data/a.jsonl": "11" * 32}
 UNITS = [(f"{index}:abc", [-index - 0.1, 1.0]) for index in range(20)]
@@ -128,3 +130,14 @@ def test_the_default_folder_follows_the_xdg_rules() -> None:
     assert default_cache_dir({"XDG_CACHE_HOME": "/x", "HOME": "/h"}) == Path("/x/llmctl/eval")
     assert default_cache_dir({"HOME": "/h"}) == Path("/h/.cache/llmctl/eval")
     assert default_cache_dir({}) is None
+
+
+def test_the_folder_stays_bounded_and_what_is_in_use_stays(tmp_path: Path) -> None:
+    for age, name in enumerate(("own", "oldest", "in-use", "old", "young")):
+        (tmp_path / f"{name}.jsonl").write_bytes(b"x" * 100)
+        os.utime(tmp_path / f"{name}.jsonl", (1000 + age, 1000 + age))
+    with FileLock(tmp_path / "in-use.lock"):
+        _forget_old(tmp_path, tmp_path / "own.jsonl", max_bytes=500)
+        assert len(list(tmp_path.glob("*.jsonl"))) == 5
+        _forget_old(tmp_path, tmp_path / "own.jsonl", max_bytes=350)
+    assert sorted(path.stem for path in tmp_path.glob("*.jsonl")) == ["in-use", "own", "young"]
