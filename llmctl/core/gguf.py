@@ -140,6 +140,7 @@ _CHUNK_BLOCKS = 1 << 13
 """One mebibyte of float32: what is worked on stays in the cache."""
 
 
+@np.errstate(invalid="ignore", over="ignore")  # scales of a bad file: what is not finite is told when it is computed with
 def _dequantise(raw: "NDArray[np.uint8]", kind: str) -> "NDArray[np.float32]":
     """The numbers of the commonest types, which are groups of 32 with a scale, as the gguf package computes them, bit for bit.
 

@@ -273,7 +273,7 @@ def from_gguf(raw: NDArray[np.uint8], kind: str, num_columns: int) -> QuantMatri
     if kind == "Q4_1":
         minimums = np.ascontiguousarray(blocks[:, :, 2:4]).view("<f2")[:, :, 0].astype(np.float16)
     else:
-        with np.errstate(over="ignore"):
+        with np.errstate(over="ignore", invalid="ignore"):
             minimums = (scales * np.float16(-8)).astype(np.float16)
         if (np.isinf(minimums) & np.isfinite(scales)).any():
             raise InputError("a scale of a Q4_0 tensor is beyond 8188; it cannot be held")

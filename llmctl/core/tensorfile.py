@@ -126,8 +126,8 @@ def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, f
 def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
     """The weight files of a model directory, each with the tensors that its index puts there, or None without an index.
 
-    Raises InputError for names that leave the folder, and for a folder whose only weights are pickles; NotFoundError for
-    one without weights.
+    Raises InputError for names that leave the folder, for files that the index names and that are not there, and for a folder
+    whose only weights are pickles; NotFoundError for one without weights.
     """
     single, index_path = folder / SINGLE_NAME, folder / INDEX_NAME
     if single.is_file():
@@ -150,7 +150,7 @@ def weight_files(folder: Path) -> dict[Path, frozenset[str] | None]:
             result[path] = frozenset(tensors)
         for path in result:
             if not path.is_file():
-                raise NotFoundError(f"{path}: no such file, but {index_path.name} names it; download the model again")
+                raise InputError(f"{path}: no such file, but {index_path.name} names it; download the model again")
         return result
     pickles = sorted(p.name for p in folder.iterdir() if p.suffix in PICKLES) if folder.is_dir() else []
     if pickles:

@@ -15,6 +15,7 @@ from tests.fuzz.targets import GGUFS, sound
         ("config.json", b"{"),
         ("config.json", b'{"model_type": "llama"}'),
         ("model.safetensors.index.json", b'{"weight_map": {"model.norm.weight": "../a.safetensors"}}'),
+        ("model.safetensors.index.json", b'{"weight_map": {"model.norm.weight": "away.safetensors"}}'),
         ("model.safetensors.index.json", b"[]"),
         ("tokenizer.json", b"{}"),
         ("tokenizer.json", b'{"model": {"type": "BPE", "vocab": {"a": -1}, "merges": []}}'),
