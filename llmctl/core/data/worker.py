@@ -259,7 +259,7 @@ def read_frame(file: IO[bytes]) -> tuple[Any, bytes] | None:
 def rules_to_frame(rules: EncodeRules, tokenizer: "Tokenizer") -> tuple[Any, bytes]:
     """EncodeRules and the tokenizer as header and bytes."""
     names = [tokenizer.bos_token, tokenizer.eos_token]
-    return {"rules": dataclasses.asdict(rules), "names": names}, tokenizer.to_json().encode()
+    return {"rules": dataclasses.asdict(rules), "names": names}, tokenizer.to_json(pretty=False).encode()
 
 
 def rules_from_frame(header: Any, data: bytes) -> tuple[EncodeRules, "Tokenizer"]:

@@ -59,7 +59,7 @@ class FastEncoder:
 
 def open_fast(tokenizer: "Tokenizer") -> FastEncoder:
     """gigatoken for `tokenizer`, after its ids of odd texts were found equal. Raises FastRefusedError."""
-    content = json.loads(tokenizer.to_json())
+    content = json.loads(tokenizer.to_json(pretty=False))
     if content["model"].get("dropout"):
         raise FastRefusedError("its merges are drawn by chance (dropout)")
     for part in ("truncation", "padding", "post_processor"):

@@ -4,7 +4,6 @@ Follows transformers 5 (tokenization_utils_tokenizers.py) in what the configs ad
 tokens, and, where there is no tokenizer.json, `add_bos_token`, `add_eos_token` and `add_prefix_space`.
 """
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -212,7 +211,7 @@ def save(tokenizer: Tokenizer, directory: Path) -> None:
         "model_max_length": tokenizer.model_max_length,
         "tokenizer_class": "PreTrainedTokenizerFast",
     }
-    write_text(directory / "tokenizer.json", json.dumps(json.loads(tokenizer.to_json()), indent=2, ensure_ascii=False) + "\n")
+    write_text(directory / "tokenizer.json", tokenizer.to_json())  # as `tokenizers` lays it out: json's indent takes half a second
     write_json(directory / "tokenizer_config.json", {key: value for key, value in config.items() if value is not None})
     if tokenizer.chat_template is not None:
         write_text(directory / "chat_template.jinja", tokenizer.chat_template)

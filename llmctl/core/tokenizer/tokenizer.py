@@ -424,9 +424,9 @@ class Tokenizer:
 
     # files
 
-    def to_json(self) -> str:
+    def to_json(self, *, pretty: bool = True) -> str:
         """The content of tokenizer.json."""
-        return self._backend.to_str(pretty=True) + "\n"
+        return str(self._backend.to_str(pretty=pretty)) + "\n"
 
     def save(self, directory: Path) -> None:
         """Write tokenizer.json, tokenizer_config.json and, with a template, chat_template.jinja into a folder that exists.
