@@ -8,15 +8,17 @@ Legend: V ids that may be chosen.
 import json
 from collections import OrderedDict
 from collections.abc import Callable, Collection, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.errors import InputError, MissingExtraError
+
+if TYPE_CHECKING:
+    from concurrent.futures import Future, ThreadPoolExecutor
 
 ConstraintKind = Literal["json_schema", "regex", "choice", "grammar"]
 KINDS: tuple[ConstraintKind, ...] = get_args(ConstraintKind)
@@ -83,7 +85,9 @@ class Constrainer:
         return self._pool.submit(lambda: [[] if text is None else text.masks(drafts) for text, drafts in texts])
 
     @cached_property
-    def _pool(self) -> ThreadPoolExecutor:
+    def _pool(self) -> "ThreadPoolExecutor":
+        from concurrent.futures import ThreadPoolExecutor
+
         return ThreadPoolExecutor(1, thread_name_prefix="masks")
 
     @cached_property

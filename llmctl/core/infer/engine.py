@@ -9,7 +9,6 @@ endless: it is read only when a slot is free.
 import contextlib
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import wait
 from typing import Protocol
 
 import numpy as np
@@ -238,6 +237,8 @@ class Engine:
         if self._constrainer is None or not any(constrained):
             yield lambda: nothing
             return
+        from concurrent.futures import wait  # brings logging, which most texts do without
+
         future = self._constrainer.masks(list(zip(constrained, drafts or [[]] * len(texts), strict=True)))
         try:
             yield future.result
