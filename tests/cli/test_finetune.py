@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
@@ -101,3 +102,18 @@ def test_killed_in_the_middle_and_resumed_it_ends_as_an_unbroken_run(place: Path
 def test_help_imports_no_torch(place: Path) -> None:
     code = "import sys; from llmctl.cli.main import run; run(['finetune', '--help']); sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=60).returncode == 0
+
+
+def test_the_examples_of_the_docs_name_the_checkpoints_that_their_runs_make() -> None:
+    """Those on the built-in model run as they are written, by their plans."""
+    root = Path(__file__).parents[2]
+    text = (root / "docs" / "finetune.md").read_text(encoding="utf-8")
+    runs = re.findall(r"^llmctl (finetune --model storyteller .*--out-dir (\w+).*)$", text, re.MULTILINE)
+    assert len(runs) == 2
+    for line, folder in runs:
+        words = line.replace("examples/", f"{root}/examples/").split()
+        done = llmctl(*words, "--dry-run", "--json")
+        assert done.returncode == 0, done.stderr
+        plan = json.loads(done.stdout.splitlines()[-1])
+        named = set(re.findall(rf"{folder}/step-(\d+)", text))
+        assert named == {f"{plan['num_steps']:08d}"}

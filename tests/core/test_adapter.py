@@ -13,7 +13,10 @@ from safetensors.torch import load_file, save_file
 
 from llmctl.core.checkpoint import load_model, resolve_adapted, save_adapter, save_model
 from llmctl.core.checkpoint.adapter import adaptable_modules, choose_modules
+from llmctl.core.config.export import ExportConfig
 from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError
+from llmctl.core.export.events import Verified
+from llmctl.core.export.export import export
 from llmctl.core.families import family_named
 from llmctl.core.infer.opening import ExecutorKind, open_model
 from llmctl.core.model import Decoder
@@ -263,3 +266,19 @@ def test_the_config_of_an_adapter_says_what_peft_wants_to_know(llama: tuple[Path
     assert (written["r"], written["lora_alpha"]) == (LORA.rank, LORA.alpha)
     assert written["target_modules"] == sorted(["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"])
     assert dataclasses.asdict(LORA)["dropout"] == written["lora_dropout"]
+
+
+def test_an_export_merges_in_float32_and_rounds_once(tmp_path: Path, llama: tuple[Path, Path]) -> None:
+    """Over a base in bf16: float32 keeps the merged numbers, and bf16 is their rounding, the cost of which is told."""
+    base, adapter = llama
+    loaded = load_model(base)
+    (tmp_path / "half").mkdir()
+    save_model(tmp_path / "half", config=loaded.config, family=loaded.family, tensors=loaded.model.state_dict(), dtype=torch.bfloat16)
+    merged = load_model(tmp_path / "half", dtype=torch.float32, adapter=adapter).model.state_dict()
+    for dtype, kept in ((None, torch.bfloat16), ("float32", torch.float32)):
+        out = tmp_path / str(dtype)
+        events = list(export(ExportConfig(model=str(tmp_path / "half"), adapter=str(adapter), output=out, dtype=dtype)))
+        (verified,) = (event for event in events if isinstance(event, Verified))
+        assert (verified.rounding_difference > 0) == (dtype is None)
+        found = load_model(out).model.state_dict()
+        assert all(torch.equal(found[name], tensor.to(kept)) for name, tensor in merged.items())

@@ -68,11 +68,14 @@ def export(config: ExportConfig) -> Iterator[Event]:
         tokenizer = None
         yield Warned(message=f"{error}; the result has none either")
     layout = cast(Layout, config.quant or "int8") if config.format == "quant" else None
-    loaded = load_model(path, quant=layout, adapter=adapter)
+    loaded = load_model(path, quant=layout)
+    stored = loaded.dtype
+    if adapter is not None:  # merged in float32, so that what rounding costs is seen, and spared where float32 is asked for
+        loaded = load_model(path, quant=layout, adapter=adapter, dtype=torch.float32)
     if tokenizer is not None:
         check_tokenizer(tokenizer, loaded.config, where=path)
     yield Opened(path=str(path), family=loaded.family, num_parameters=num_parameters(loaded.config).total, num_format=loaded.number_format)
-    job = _Job(config, config.output, loaded, tokenizer)
+    job = _Job(config, config.output, loaded, tokenizer, stored)
     yield from {"hf": job.hf, "gguf": job.gguf, "quant": job.quant, "word2vec": job.word2vec, "onnx": job.onnx}[config.format]()
 
 
@@ -91,14 +94,15 @@ def _check_output(config: ExportConfig) -> None:
 class _Job:
     """One export under way."""
 
-    def __init__(self, config: ExportConfig, output: Path, loaded: LoadedModel, tokenizer: Tokenizer | None) -> None:
+    def __init__(self, config: ExportConfig, output: Path, loaded: LoadedModel, tokenizer: Tokenizer | None, stored: torch.dtype) -> None:
+        self._stored = stored
         self._config, self._output, self._loaded, self._tokenizer = config, output, loaded, tokenizer
         self._tokens = probe(loaded.config.vocab_size, loaded.config.max_positions)
 
     def hf(self) -> Iterator[Event]:
         """A Hugging Face directory."""
         loaded, name = self._loaded, self._config.float_dtype
-        dtype = loaded.dtype if name is None else _DTYPES[name]
+        dtype = self._stored if name is None else _DTYPES[name]
         tensors = {key: _numbers(tensor) for key, tensor in loaded.model.state_dict().items()}
         _check_range(tensors, dtype)
         shown = str(dtype).removeprefix("torch.")
@@ -148,7 +152,7 @@ class _Job:
         loaded, config, tokenizer = self._loaded, self._loaded.config, self._tokenizer
         assert tokenizer is not None
         stored = {torch.float32: "F32", torch.bfloat16: "BF16", torch.float16: "F16"}
-        kind = self._config.gguf_type or stored[loaded.dtype]
+        kind = self._config.gguf_type or stored[self._stored]
         record = family_record(loaded.family)
         gguf.metadata(config, record)  # refused before the tokenizer is tried
         held = record.as_held(config)
