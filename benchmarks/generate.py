@@ -49,8 +49,7 @@ class Worker:
             env=environment,
         )
         self.peak_mib = 0.0
-        if kind != "bandwidth":
-            self._read()
+        self.loaded_s = 0.0 if kind == "bandwidth" else self._read()["loaded_s"]
 
     def ask(self, **command: Any) -> float:
         """A number a second."""
@@ -135,6 +134,7 @@ def main() -> None:
 
     contestants = [("llmctl", name) for name in arguments.formats]
     workers = {("llmctl", name): Worker(sys.executable, "llmctl", arguments.model, arguments.threads, name) for name in arguments.formats}
+    files: dict[str, Path] = {}
     peers: dict[tuple[str, str], tuple[str, str]] = {}  # who -> the contestant that it is compared with
     if arguments.llama_cpp:
         kinds = [kind for name in arguments.formats for kind in PAIRS[name]]
@@ -189,14 +189,17 @@ def main() -> None:
     print("peak memory, MiB:", ", ".join(f"{' '.join(who)} {worker.peak_mib:.0f}" for who, worker in workers.items()))
     for worker in (*workers.values(), bandwidth):
         worker.close()
-    cold = cold_starts(arguments)
+    cold = cold_starts(arguments, files)
     if arguments.json:
         numbers = {task: {" ".join(who): values for who, values in rows.items()} for task, rows in found.items()}
         arguments.json.write_text(json.dumps({"per_second": numbers, "read_bytes_per_second": read, "first_token_s": cold}, indent=1))
 
 
-def cold_starts(arguments: argparse.Namespace) -> dict[str, list[float]]:
-    """First token of a fresh process, for a short prompt and one of about 128 tokens; warm disk and cache of packed weights."""
+def cold_starts(arguments: argparse.Namespace, files: dict[str, Path]) -> dict[str, list[float]]:
+    """First token of a fresh process, for a short prompt and one of about 128 tokens; warm disk and cache of packed weights.
+
+    Of llama.cpp it is what loading and the prompt take in a fresh process: the least that a program around it would need.
+    """
     prompts = {"short": "The capital of France is", "128 tokens": "The capital of France is Paris, and " * 16}
     found: dict[str, list[float]] = {}
     for name in arguments.formats:
@@ -206,9 +209,18 @@ def cold_starts(arguments: argparse.Namespace) -> dict[str, list[float]]:
         first_token_s(command, "warm")  # fills the cache
         for label, text in prompts.items():
             found[f"{name}, {label}"] = [first_token_s(command, text) for _ in range(arguments.rounds)]
+    found = {f"llmctl {label}": values for label, values in found.items()}
+    for kind in (kind for name in arguments.formats for kind in PAIRS[name] if kind in files):
+        for label, num_tokens in (("short", 6), ("128 tokens", 128)):
+            values = []
+            for _ in range(arguments.rounds):
+                worker = Worker(arguments.llama_cpp, "llama.cpp", files[kind], arguments.threads, kind)
+                values.append(worker.loaded_s + num_tokens / worker.ask(do="prefill", prompt=num_tokens))
+                worker.close()
+            found[f"llama.cpp {kind}, {label}, loading and prompt alone"] = values
     print("\n| process start to first token, s | median (range) |\n|---|---|")
     for label, values in found.items():
-        print(f"| llmctl {label} | {spread(values, 2)} |")
+        print(f"| {label} | {spread(values, 2)} |")
     return found
 
 
