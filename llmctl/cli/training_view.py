@@ -92,7 +92,8 @@ def plan_lines(plan: Planned) -> list[str]:
             for use in plan.sources
         ),
         f"steps      {plan.num_steps:,} of {plan.batch_tokens:,} tokens ({plan.batch_size} x {plan.seq_len}, in micro-batches of"
-        f" {plan.micro_batch_size}), warm-up {plan.warmup_steps}",
+        f" {plan.micro_batch_size}), warm-up {plan.warmup_steps},"
+        f" learning rate {plan.learning_rate:.2g}, of Muon {plan.muon_learning_rate:.2g}",
         f"every      evaluation {_every(plan.eval_every)},"
         f" checkpoint {_every(plan.save_every)}, sample {_every(plan.sample_every, 'never')}",
         f"work       {si(plan.flops_per_token)}FLOP a token, {si(plan.total_flops)}FLOP in all",

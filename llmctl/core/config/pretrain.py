@@ -83,7 +83,13 @@ class PretrainConfig:
     optimizer: str = option(
         "muon", "Muon for hidden matrices and AdamW for the rest, or AdamW alone.", choices=("muon", "adamw"), panel=_OPTIM
     )
-    learning_rate: float = option(3e-3, "Peak learning rate of AdamW.", "--lr", above=0, panel=_OPTIM)
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate of AdamW. [default: 0.003 for a width of 256, falling with its square root]",
+        "--lr",
+        above=0,
+        panel=_OPTIM,
+    )
     muon_learning_rate: float = option(0.02, "Peak learning rate of Muon.", above=0, panel=_OPTIM)
     weight_decay: float = option(0.1, "Decoupled weight decay, on matrices only.", minimum=0, panel=_OPTIM)
     beta1: float = option(0.9, "AdamW: decay of the mean of gradients.", minimum=0, below=1, panel=_OPTIM)

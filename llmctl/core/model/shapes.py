@@ -4,6 +4,7 @@ The width follows the depth at a fixed aspect, as in nanochat (https://github.co
 ratio of width to depth varies little with size (Kaplan et al. 2020, section 3.2).
 """
 
+import math
 from typing import Any
 
 from llmctl.core.config.model import ModelConfig
@@ -13,6 +14,7 @@ WIDTH_PER_LAYER = 64
 HEAD_DIM = 64
 TIED_UP_TO_WIDTH = 1024
 """Up to here the embeddings would be a large part of the model, so that input and output share them (as Qwen3 does)."""
+RATE_AT_256 = 3e-3
 SHAPES = ("qwen3", "llama", "gpt2")
 
 
@@ -58,6 +60,16 @@ def shape_for_depth(depth: int, vocab_size: int, max_positions: int, family: str
         qk_norm=family == "qwen3",
         tie_embeddings=width <= TIED_UP_TO_WIDTH,
     )
+
+
+def learning_rate_for_width(width: int) -> float:
+    """AdamW's peak rate for a new model: it moves the embeddings, the head and the norms.
+
+    It falls with the root of the width. Under muP the rate of the embeddings stays and that of the head falls with the width
+    itself (Yang et al. 2022, table 8); where the two share a matrix it lies between, as nanochat has it. Muon's rate needs no
+    rule: its steps have the same spectral norm at every width, times the root of rows over columns (Bernstein 2025).
+    """
+    return RATE_AT_256 * math.sqrt(256 / width)
 
 
 def _shared_heads(heads: int) -> int:

@@ -32,6 +32,9 @@ class Planned:
     batch_size: int
     micro_batch_size: int
     warmup_steps: int
+    learning_rate: float
+    """Of AdamW, at the peak."""
+    muon_learning_rate: float
     eval_every: int
     save_every: int
     sample_every: int

@@ -181,6 +181,7 @@ class _Finetune:
 
     def _prepare(self, fitted: Fitted, seq_len: int) -> Prepared:
         config, source = self._config, self._source
+        assert config.learning_rate is not None
         rows_per_sequence = fitted.num_examples / source.samples_per_epoch
         batch_size = config.batch_size or max(1, round(_ROWS_PER_STEP / rows_per_sequence))
         batch_size = min(batch_size, source.samples_per_epoch)
@@ -191,6 +192,7 @@ class _Finetune:
             data_tokens=fitted.num_tokens,
             architecture=self._base.architecture,
             family=self._base.loaded.family,
+            learning_rate=config.learning_rate,
             default_epochs=DEFAULT_EPOCHS,
             default_warmup=lambda num_steps: round(_WARMUP_SHARE * num_steps),
             num_adapted=None if self._adapters is None else self._adapters.num_parameters,

@@ -99,6 +99,7 @@ class Prepared:
     data_tokens: int
     architecture: ModelConfig
     family: str
+    learning_rate: float
     default_epochs: float
     default_warmup: Callable[[int], int]
     """Steps of warm-up for so many steps in all, where --warmup-steps is not given."""
@@ -263,6 +264,8 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         batch_size=sizes.batch_size,
         micro_batch_size=sizes.micro_batch_size,
         warmup_steps=config.warmup_steps if config.warmup_steps is not None else prepared.default_warmup(num_steps),
+        learning_rate=prepared.learning_rate,
+        muon_learning_rate=config.muon_learning_rate,
         eval_every=eval_every,
         save_every=save_every,
         sample_every=sample_every,
@@ -398,7 +401,7 @@ def settings_of(config: RunConfig, sizes: Sizes, where: Machine) -> dict[str, ob
 
 def optim_of(config: RunConfig) -> OptimConfig:
     """The optimizer's part of the settings."""
-    assert config.learning_rate is not None  # fine-tuning fills it in
+    assert config.learning_rate is not None  # a Subject fills it in
     return OptimConfig(
         kind=cast(Literal["muon", "adamw"], config.optimizer),
         learning_rate=config.learning_rate,

@@ -26,7 +26,7 @@ from llmctl.core.files import check_manifest
 from llmctl.core.model import Decoder
 from llmctl.core.model.decoder import drawn_weights
 from llmctl.core.model.facts import flops_per_token
-from llmctl.core.model.shapes import shape_for_depth
+from llmctl.core.model.shapes import learning_rate_for_width, shape_for_depth
 from llmctl.core.runlog import RunFolder
 from llmctl.core.tokenizer import Tokenizer
 from llmctl.core.train import state as checkpoints
@@ -96,6 +96,9 @@ class _Pretrain:
         if not self._config.data:
             raise UsageError("--data is missing: the folder of token shards made by `llmctl tokenize pack`")
         self._opened = _open(self._config)
+        if self._config.learning_rate is None:
+            rate = learning_rate_for_width(self._opened.architecture.hidden_size)
+            self._config = dataclasses.replace(self._config, learning_rate=rate)
         vectors = self._opened.vectors
         if vectors is not None and len(vectors.ids) < vectors.num_tokens:
             share = f"{len(vectors.ids):,} of {vectors.num_tokens:,}"
@@ -106,6 +109,7 @@ class _Pretrain:
         """What `open` found."""
         config, opened = self._config, self._opened
         assert opened is not None
+        assert config.learning_rate is not None
         micro = micro_batch_size(
             config.micro_batch_size, batch_size=config.batch_size, seq_len=config.seq_len, most_tokens=_MICRO_BATCH_TOKENS
         )
@@ -115,6 +119,7 @@ class _Pretrain:
             data_tokens=sum(dataset.num_tokens for dataset in opened.datasets),
             architecture=opened.architecture,
             family=opened.family,
+            learning_rate=config.learning_rate,
             default_epochs=1.0,
             default_warmup=lambda num_steps: min(200, num_steps // 50),
             uses=opened.source.uses if isinstance(opened.source, MixtureSource) else lambda num_samples: (),

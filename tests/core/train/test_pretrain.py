@@ -100,6 +100,8 @@ def test_the_plan_counts_what_is_then_built_and_seen(settings: dict[str, Any], p
     events = run(settings)
     model = load_model(settings["out_dir"] / "step-00000012").model
     assert plan.num_parameters == sum(p.numel() for p in model.parameters())
+    assert plan.learning_rate == pytest.approx(2 * 3e-3)  # a quarter of the width of 256 that 0.003 is for
+    assert max(s.learning_rate for s in of(StepDone, events)) == pytest.approx(plan.learning_rate)
     assert plan.num_tokens == of(Finished, events)[0].tokens_seen
     assert plan.data_tokens == TokenDataset.open(packed, "train").num_tokens
     saved = of(CheckpointSaved, events)[-1]
@@ -170,7 +172,7 @@ def test_a_request_to_save_saves_and_goes_on(settings: dict[str, Any]) -> None:
 def test_settings_of_a_resumed_run_must_be_its_own(settings: dict[str, Any], tmp_path: Path) -> None:
     run(settings)
     again = {**settings, "resume": True}
-    with pytest.raises(UsageError, match=r"learning_rate: the run has 0\.003, 0\.5 was given.*--allow-change learning_rate"):
+    with pytest.raises(UsageError, match=r"learning_rate: the run has 0\.006, 0\.5 was given.*--allow-change learning_rate"):
         run({**again, "learning_rate": 0.5})
     with pytest.raises(UsageError, match="seed"):
         run({**again, "seed": 3})
