@@ -65,7 +65,9 @@ def pretrain(settings: dict[str, Any], dtype: str, masters: str | None = None) -
 
     original, planning.Trainer = planning.Trainer, Wide  # type: ignore[misc, attr-defined]
     try:
-        events = list(pretraining.train(PretrainConfig(**{k: Path(v) if k in ("data", "out_dir") else v for k, v in settings.items()})))
+        events = list(
+            pretraining.train(PretrainConfig(**{k: Path(v) if k in ("data", "out_dir", "resume_from") else v for k, v in settings.items()}))
+        )
     finally:
         planning.Trainer = original  # type: ignore[misc, attr-defined]
     if os.environ.get("RANK", "0") == "0" and masters is not None:
