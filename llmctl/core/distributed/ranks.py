@@ -19,7 +19,7 @@ from torch import Tensor
 
 from llmctl.core import errors
 from llmctl.core.distributed.place import ALONE, Place, place_of
-from llmctl.core.errors import Interrupted, LlmctlError, LostRankError
+from llmctl.core.errors import Interrupted, LlmctlError, LostRankError, UsageError
 
 _PATIENCE = timedelta(days=1)
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "imed out", "timeout", "gloo", "NCCL", "store", "Socket")
@@ -217,6 +217,8 @@ def joined(*, cuda: bool, timeout_s: float) -> Iterator[Ranks]:
     if place.size == 1:
         yield Ranks()
         return
+    if cuda and place.local_rank >= torch.cuda.device_count():
+        raise UsageError(f"{place.local_size} processes on this machine, but {torch.cuda.device_count()} GPUs; one a GPU is wanted")
     if cuda:
         torch.cuda.set_device(place.local_rank)
     ranks = Ranks(place, patient=_connect(place, cuda=cuda, timeout_s=timeout_s), timeout_s=timeout_s)
