@@ -2,13 +2,15 @@
 
 Of a process alone every method is the identity, so that callers have one path. All ranks must call the same methods in
 the same order. Waiting is of two kinds: in a step a rank waits `timeout_s` for the others and then gives up; while rank
-0 works alone (a save, a sample) the others wait as long as it takes, and a rank that dies is noticed at once either way,
-since its connections close.
+0 works alone (a save, a sample) the others wait as long as it takes, and hear its beats through the store. A rank that dies
+is noticed at once, since its connections close.
 """
 
 import contextlib
 import json
 import os
+import threading
+import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
 from typing import Any
@@ -16,12 +18,17 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._C._distributed_c10d import PrefixStore, Store  # what torch.distributed gives out, for the type checker
+from torch.distributed.rendezvous import rendezvous
 
 from llmctl.core import errors
 from llmctl.core.distributed.place import ALONE, Place, place_of
 from llmctl.core.errors import Interrupted, LlmctlError, LostRankError, UsageError
 
-_PATIENCE = timedelta(days=1)
+_PATIENCE = timedelta(minutes=30)
+_BEAT = "beat"
+_BEATS = 5
+"""So often within its patience a rank hears of rank 0."""
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "imed out", "timeout", "gloo", "NCCL", "store", "Socket")
 """Words in what torch.distributed says when another rank is gone or silent: gloo raises plain RuntimeErrors."""
 
@@ -40,9 +47,11 @@ class Ranks:
         peers: int = 1,
         data: "dist.ProcessGroup | None" = None,
         timeout_s: float = 0.0,
+        store: "Store | None" = None,
     ) -> None:
         self.place = place
-        self._timeout_s = timeout_s
+        self._timeout_s, self._store = timeout_s, store
+        self._turn = 0
         self.patient = patient
         """The gloo group that waits as long as it takes."""
         self._peers, self._data = peers, data
@@ -53,7 +62,9 @@ class Ranks:
             return self
         timeout = timedelta(seconds=self._timeout_s)
         groups = [dist.new_group(list(range(first, self.size, peers)), timeout=timeout) for first in range(peers)]
-        return Ranks(self.place, patient=self.patient, peers=peers, data=groups[self.rank % peers], timeout_s=self._timeout_s)
+        return Ranks(
+            self.place, patient=self.patient, peers=peers, data=groups[self.rank % peers], timeout_s=self._timeout_s, store=self._store
+        )
 
     @property
     def rank(self) -> int:
@@ -140,7 +151,14 @@ class Ranks:
                 answer = {"value": work()}
             except BaseException as error:
                 failure, answer = error, _described(error)
-        answer = self._tell(answer)
+        assert self._store is not None
+        self._turn += 1
+        key = f"turn/{self._turn}"
+        if self.is_main:
+            with self.contact():
+                self._store.set(key, json.dumps(answer))  # JSON rather than torch's object lists, which are pickles
+        else:
+            answer = self._await(key)
         if failure is not None:
             raise failure
         if "error" in answer:
@@ -180,17 +198,24 @@ class Ranks:
         if failure is not None:
             raise failure
 
-    def _tell(self, answer: dict[str, Any]) -> dict[str, Any]:
-        """Rank 0's answer, to all. JSON rather than torch's object lists, which are pickles."""
-        data = torch.frombuffer(bytearray(json.dumps(answer).encode()), dtype=torch.uint8)
-        length = torch.tensor(len(data))
+    def _await(self, key: str) -> dict[str, Any]:
+        """What rank 0 leaves under `key`, however long it works; its beats tell that it still does."""
+        assert self._store is not None
+        seen, since = b"", time.monotonic()
         with self.contact():
-            dist.broadcast(length, src=0, group=self.patient)
-            if not self.is_main:
-                data = torch.empty(int(length), dtype=torch.uint8)
-            dist.broadcast(data, src=0, group=self.patient)
-        told: dict[str, Any] = json.loads(bytes(data.numpy()).decode())
-        return told
+            while True:
+                try:
+                    self._store.wait([key], timedelta(seconds=self._timeout_s / _BEATS))
+                    told: dict[str, Any] = json.loads(self._store.get(key).decode())
+                    return told
+                except dist.DistNetworkError:
+                    raise
+                except dist.DistStoreError:  # not there yet
+                    beat = self._store.get(_BEAT)
+                if beat != seen:
+                    seen, since = beat, time.monotonic()
+                elif time.monotonic() - since > self._timeout_s:
+                    raise LostRankError(f"rank {self.rank} has heard nothing of rank 0 for {self._timeout_s:g} s; go on with --resume")
 
 
 def _described(error: BaseException) -> dict[str, Any]:
@@ -221,21 +246,48 @@ def joined(*, cuda: bool, timeout_s: float) -> Iterator[Ranks]:
         raise UsageError(f"{place.local_size} processes on this machine, but {torch.cuda.device_count()} GPUs; one a GPU is wanted")
     if cuda:
         torch.cuda.set_device(place.local_rank)
-    ranks = Ranks(place, patient=_connect(place, cuda=cuda, timeout_s=timeout_s), timeout_s=timeout_s)
-    try:
-        yield ranks
-    except Interrupted:  # which all have agreed on
+    store, patient = _connect(place, cuda=cuda, timeout_s=timeout_s)
+    ranks = Ranks(place, patient=patient, timeout_s=timeout_s, store=store)
+    with _beating(store, timeout_s / _BEATS) if place.is_main else contextlib.nullcontext():
+        try:
+            yield ranks
+        except Interrupted:  # which all have agreed on
+            ranks.wait()
+            raise
         ranks.wait()
-        raise
-    ranks.wait()
     dist.destroy_process_group()
 
 
-def _connect(place: Place, *, cuda: bool, timeout_s: float) -> "dist.ProcessGroup":
+@contextlib.contextmanager
+def _beating(store: Store, every_s: float) -> Iterator[None]:
+    """Within it a thread tells again and again that this process lives, so that one cut off by the network is missed."""
+    stopped = threading.Event()
+
+    def beat() -> None:
+        count = 0
+        with contextlib.suppress(RuntimeError):  # a store that is gone; the next collective says so
+            while not stopped.wait(every_s):
+                count += 1
+                store.set(_BEAT, str(count))
+
+    store.set(_BEAT, "0")
+    thread = threading.Thread(target=beat, name="llmctl-beat", daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+
+
+def _connect(place: Place, *, cuda: bool, timeout_s: float) -> "tuple[Store, dist.ProcessGroup]":
     backend = "cpu:gloo,cuda:nccl" if cuda else "gloo"
     where = f"{os.environ['MASTER_ADDR']}:{os.environ.get('MASTER_PORT', '29500')}"
     try:
-        dist.init_process_group(backend, rank=place.rank, world_size=place.size, timeout=timedelta(seconds=timeout_s))
+        timeout = timedelta(seconds=timeout_s)
+        store, _, _ = next(rendezvous("env://", rank=place.rank, world_size=place.size, timeout=timeout))
+        store.set_timeout(timeout)
+        group_store = PrefixStore("groups", store)
+        dist.init_process_group(backend, store=group_store, rank=place.rank, world_size=place.size, timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
         raise LostRankError(
@@ -243,4 +295,4 @@ def _connect(place: Place, *, cuda: bool, timeout_s: float) -> "dist.ProcessGrou
             f" within {timeout_s:g} s: {errors.first_line(error)}; is rank 0 up, the port free and let through?"
         ) from error
     assert isinstance(patient, dist.ProcessGroup)
-    return patient
+    return PrefixStore("llmctl", store), patient
