@@ -53,6 +53,14 @@ def ranks() -> dict[int, int]:
     return found
 
 
+def lives(pid: int) -> bool:
+    """Whether a process goes on; one that has ended stays in the table until its launcher, which may hang, looks at it."""
+    try:
+        return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except OSError:
+        return False
+
+
 def wait_for(condition: Callable[[], object], what: str) -> None:
     """Until it holds."""
     deadline = time.monotonic() + PATIENCE_S
@@ -76,7 +84,7 @@ def main() -> None:
     else:
         os.kill(workers[1], signal.SIGKILL)
     broken = time.monotonic()
-    wait_for(lambda: not any(Path(f"/proc/{pid}").exists() for pid in workers.values()), "the ranks went on")
+    wait_for(lambda: not any(lives(pid) for pid in workers.values()), "the ranks went on")
     told["ranks_ended_after_s"] = time.monotonic() - broken
     told["status"] = json.loads((run_dir / "status.json").read_text())["state"]
     for host in hosts:  # the launchers may wait longer for each other than the ranks did
