@@ -20,6 +20,7 @@ from llmctl.core.data.packevents import Packed, PackWarned
 from llmctl.core.errors import InputError, LlmctlError
 from llmctl.core.files import parse_json
 from llmctl.core.tokenizer import Tokenizer
+from llmctl.core.tokenizer import fast as fast_module
 from llmctl.core.tokenizer.byte_level import byte_to_char
 from llmctl.core.tokenizer.fast import FastRefusedError, open_fast
 
@@ -164,6 +165,24 @@ def test_names_are_found_as_by_the_tokenizer(tokenizer: Tokenizer) -> None:
     assert NameFinder(tokenizer).count([text.encode() for text in texts]) == (3, [0, 3])
     assert sum(tokenizer.count_special(text) for text in texts) == 3
     assert NameFinder(tokenizer).count([b"nothing"]) == (0, [])
+
+
+def test_gigatoken_is_opened_anew_when_it_has_grown(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It remembers every word: without this the memory of a long packing would have no bound."""
+    fast = fast_or_skip(tokenizer)
+    text = b"the king and his golden ball"
+    before, loads = fast.encode([text])[0].tolist(), []
+    load = fast_module._load
+
+    def loading(content: str) -> Any:
+        loads.append(content)
+        return load(content)
+
+    monkeypatch.setattr(fast_module, "_load", loading)
+    sizes = iter([0, 1 << 40, 1, 1, 1])
+    monkeypatch.setattr(fast_module, "_resident_bytes", lambda: next(sizes))
+    assert [fast.encode([text])[0].tolist() for _ in range(4)] == [before] * 4
+    assert len(loads) == 1
 
 
 VALUES = st.recursive(
