@@ -86,7 +86,15 @@ def test_rows_have_their_own_parameters(llmctl: Llmctl, model: Path) -> None:
 
     def run(*rows: dict[str, Any], flags: tuple[Any, ...] = ()) -> list[dict[str, Any]]:
         result = llmctl(*base, *flags, stdin="".join(json.dumps({"id": "a", **row}) + "\n" for row in rows).encode())
-        return result.rows
+        return [{name: rounded(value) for name, value in row.items()} for row in result.rows]
+
+    def rounded(value: Any) -> Any:
+        """torch's last digits depend on what else is in the batch."""
+        if isinstance(value, list):
+            return [rounded(item) for item in value]
+        if isinstance(value, dict):
+            return {name: rounded(item) for name, item in value.items()}
+        return pytest.approx(value, abs=1e-4) if isinstance(value, float) else value
 
     mixed = run(
         {"prompt": "Once"},
