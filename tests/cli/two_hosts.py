@@ -39,7 +39,7 @@ def start(host: str, job: str, log: Path, arguments: list[str]) -> "subprocess.P
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, env=environment, start_new_session=True)
 
 
-def ranks() -> dict[int, int]:
+def ranks(run_dir: Path) -> dict[int, int]:
     """Rank -> pid of the llmctl processes of these hosts."""
     found = {}
     for place in Path("/proc").glob("[0-9]*"):
@@ -48,7 +48,12 @@ def ranks() -> dict[int, int]:
             environment = dict(line.partition(b"=")[::2] for line in (place / "environ").read_bytes().split(b"\0"))
         except OSError:
             continue
-        if b"llmctl" in words and b"torch.distributed.run" not in words and b"GLOO_SOCKET_IFNAME" in environment and b"RANK" in environment:
+        if (
+            os.fsencode(run_dir) in words
+            and b"torch.distributed.run" not in words
+            and b"GLOO_SOCKET_IFNAME" in environment
+            and b"RANK" in environment
+        ):
             found[int(environment[b"RANK"])] = int(place.name)
     return found
 
@@ -74,11 +79,21 @@ def main() -> None:
     """A run over both hosts that is broken, and the same command once more."""
     run_dir, how, arguments = Path(sys.argv[1]), sys.argv[2], sys.argv[3:]
     lay_cable()
+    try:
+        told = play(run_dir, how, arguments)
+    finally:
+        for pid in ranks(run_dir).values():
+            os.kill(pid, signal.SIGKILL)
+    sys.stdout.write(json.dumps(told) + "\n")
+
+
+def play(run_dir: Path, how: str, arguments: list[str]) -> dict[str, object]:
+    """What happened."""
     told: dict[str, object] = {}
     hosts = [start(host, "first", run_dir.with_name(f"first-{host}.log"), arguments) for host in ADDRESSES]
     wait_for(lambda: list(run_dir.glob("step-*")), "no checkpoint")
-    told["ranks"] = sorted(ranks())
-    workers = ranks()
+    told["ranks"] = sorted(ranks(run_dir))
+    workers = ranks(run_dir)
     if how == "cut":
         subprocess.run(["ip", "netns", "exec", "b", "ip", "link", "set", "vb", "down"], check=True)
     else:
@@ -100,14 +115,14 @@ def main() -> None:
     saved = sorted(path.name for path in run_dir.glob("step-*"))[-1]
     again = [start(host, "second", run_dir.with_name(f"second-{host}.log"), arguments) for host in ADDRESSES]
     wait_for(lambda: sorted(path.name for path in run_dir.glob("step-*"))[-1] > saved, "the run did not go on")
-    for pid in ranks().values():
+    for pid in ranks(run_dir).values():
         os.kill(pid, signal.SIGTERM)
     for host in again:
         host.wait(PATIENCE_S)
     told["status_at_the_end"] = json.loads((run_dir / "status.json").read_text())["state"]
     steps = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     told["steps"] = [line["step"] for line in steps if line["kind"] == "step"]
-    sys.stdout.write(json.dumps(told) + "\n")
+    return told
 
 
 if __name__ == "__main__":
