@@ -55,7 +55,7 @@ def test_json_gives_events_and_no_verify_none(model: str, tmp_path: Path, capfd:
         (["-o", "out", "--binary"], 2, "--format word2vec"),
         (["-o", "out", "--format", "quant", "--dtype", "bf16"], 2, "does not go with"),
         (["-o", "out", "--max-shard-size", "5 parsecs"], 2, "500MB"),
-        (["-o", "out", "--format", "onnx"], 2, "hf, gguf, quant, word2vec"),
+        (["-o", "out", "--format", "tflite"], 2, "hf, gguf, quant, word2vec, onnx"),
         ([], 2, "--output is missing"),
         (["-o", "/"], 2, "root folder"),
         (["-o", "no/such/out"], 2, "does not exist"),

@@ -202,7 +202,7 @@ def test_a_signal_ends_it_with_the_finished_shards_kept(tmp_path: Path, corpus: 
     process = subprocess.Popen(command, env=environment(), stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
     assert process.stdin is not None
     assert process.stderr is not None
-    data = corpus.read_bytes() * 20
+    data = corpus.read_bytes() * 80  # the packer holds some megabytes that it has read ahead
     sent = len(data) * 2 // 3
     process.stdin.write(data[:sent])
     process.stdin.flush()

@@ -11,6 +11,8 @@ TABLE = {
     errors.LlmctlError: 1,
     errors.UsageError: 2,
     errors.MissingExtraError: 2,
+    errors.MissingSettingError: 2,
+    errors.LostRankError: 1,
     errors.PartialFailure: 3,
     errors.InputError: 4,
     errors.WriteError: 5,

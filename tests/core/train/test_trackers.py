@@ -18,7 +18,7 @@ from llmctl.core.train.trackers import TRACKERS, check_installed, tracked
 def planned(run_dir: Path) -> Planned:
     hints = Planned.__annotations__
     zero = {int: 1, float: 1.0, str: "x", "int": 1, "float": 1.0, "str": "x"}
-    return Planned(**{**{name: zero.get(kind) for name, kind in hints.items()}, "run_dir": str(run_dir), "device": "cpu"})
+    return Planned(**{**{name: zero.get(kind) for name, kind in hints.items()}, "run_dir": str(run_dir), "device": "cpu", "sources": ()})
 
 
 def step(number: int) -> StepDone:
