@@ -4,7 +4,7 @@ import dataclasses
 import math
 import types
 import typing
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -90,10 +90,17 @@ def flag_of(field: "dataclasses.Field[Any]") -> str:
     return (info.metavar or field.name.upper()) if info.positional else "--" + field.name.replace("_", "-")
 
 
-def types_of(cls: type) -> dict[str, FieldType]:
+def types_of(cls: type) -> Mapping[str, FieldType]:
     """Field name -> FieldType for every option of `cls`."""
-    hints = typing.get_type_hints(cls)
-    return {f.name: _take_apart(hints[f.name]) for f in options_of(cls)}
+    known = _KNOWN_TYPES.get(cls)
+    if known is None:
+        hints = typing.get_type_hints(cls)
+        known = _KNOWN_TYPES[cls] = {f.name: _take_apart(hints[f.name]) for f in options_of(cls)}
+    return known
+
+
+_KNOWN_TYPES: dict[type, Mapping[str, FieldType]] = {}
+"""Taking types apart is slow, and every start asks for each flag of each command."""
 
 
 def _take_apart(hint: Any) -> FieldType:
