@@ -95,7 +95,9 @@ def test_ctrl_c_stops_the_answer_and_keeps_the_talk(start: Start, long_model: Pa
     answer = rows_of(tmp_path / "talk.jsonl")[-1]
     assert (answer["role"], answer["finish"]) == ("assistant", "interrupted")
     assert 0 < answer["num_new_tokens"] < 100_000
-    talk.type("dropped\x03")
+    talk.type("dropped")
+    talk.until("dropped")  # the line editor is up: it shows what is typed
+    talk.type("\x03")
     talk.until("(Ctrl-D or /exit ends the talk)\n> ")
     talk.type("/undo\r")
     talk.until("taken back: go\n> ")
