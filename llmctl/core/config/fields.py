@@ -155,3 +155,11 @@ def _check_value(field: "dataclasses.Field[Any]", kind: type, value: Any) -> Non
     for broken, rule in limits:
         if broken:
             raise UsageError(f"{flag}: {value} is out of range; it must be {rule}")
+
+
+def shard_of(text: str) -> tuple[int, int]:
+    """`--shard I/N` as (I, N), I from 1. Raises UsageError."""
+    index, _, count = text.partition("/")
+    if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and 1 <= int(index) <= int(count)):
+        raise UsageError(f"--shard {text}: I/N is wanted, I from 1 to N, for instance 2/4")
+    return int(index), int(count)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.fields import check_fields, option, option_like, shard_of
 from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.errors import UsageError
 
@@ -349,12 +349,7 @@ class GenerateConfig:
     @property
     def shard_numbers(self) -> tuple[int, int] | None:
         """--shard I/N as numbers."""
-        if self.shard is None:
-            return None
-        index, _, count = self.shard.partition("/")
-        if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and 1 <= int(index) <= int(count)):
-            raise UsageError(f"--shard {self.shard}: I/N is wanted, I from 1 to N, for instance 2/4")
-        return int(index), int(count)
+        return None if self.shard is None else shard_of(self.shard)
 
     def _refuse_beside(self, flag: str, names: tuple[str, ...], reason: str) -> None:
         for name in names:

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.core.config.fields import check_fields, option
+from llmctl.core.config.fields import check_fields, option, shard_of
 from llmctl.core.errors import MissingSettingError, UsageError
 
 _INPUT, _SPLIT, _OUTPUT, _QUALITY = "Input", "Validation split", "Output", "Quality"
@@ -123,10 +123,8 @@ class PackConfig:
         """--shard I/N as (I - 1, N)."""
         if self.shard is None:
             return None
-        index, _, count = self.shard.partition("/")
-        if not (index.isascii() and index.isdigit() and count.isascii() and count.isdigit() and 1 <= int(index) <= int(count)):
-            raise UsageError(f"--shard {self.shard}: I/N is wanted, I from 1 to N, for instance 2/4")
-        return int(index) - 1, int(count)
+        number, count = shard_of(self.shard)
+        return number - 1, count
 
 
 @dataclass(frozen=True)
