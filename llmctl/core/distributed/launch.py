@@ -114,10 +114,14 @@ def _conclude(result: RunResult, words: Mapping[int, LastWords]) -> None:
 
 
 def _root_cause(words: Mapping[int, LastWords]) -> tuple[int, LastWords]:
-    """Of those that the agent saw fail at once: one that told a reason of its own, else one killed, else one that followed."""
+    """Of those that failed: one that told a reason of its own, else one killed, else one that followed.
 
-    def order(rank: int) -> tuple[bool, bool, int]:
-        return words[rank].lost, not words[rank].message, rank
+    The agent ends the others by SIGTERM once it has seen one fail, and counts them too: of those without a word, they come last.
+    """
+
+    def order(rank: int) -> tuple[bool, bool, bool, int]:
+        said = words[rank]
+        return said.lost, not said.message, said.exit_code == _BY_SIGNAL + signal.SIGTERM, rank
 
     rank = min(words, key=order)
     return rank, words[rank]
