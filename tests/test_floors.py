@@ -23,6 +23,7 @@ FLOORS = {
     "config": 0,
     "errors": 0,
     "files": 0,
+    "memory": 0,
     "tokenizer": 1,
     "distributed": 1,
     "runlog": 1,

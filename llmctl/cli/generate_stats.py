@@ -1,11 +1,11 @@
 """`--stats`: how fast it went and how much memory it took. Knows clocks and the process; knows no model."""
 
-import resource
 import sys
 import time
 from typing import TYPE_CHECKING
 
 from llmctl.cli.shell import stderr_line
+from llmctl.core.memory import peak_bytes
 
 if TYPE_CHECKING:
     from llmctl.core.infer.speculate import Speculator
@@ -72,9 +72,7 @@ def _rate(num_tokens: int, elapsed_s: float) -> str:
 
 def peak_memory() -> str:
     """The most memory that the process held at once, and of a GPU's if one was used, in MB of a million bytes."""
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    num_bytes = peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): bytes on macOS, KiB on Linux
-    text = f"{num_bytes / 1e6:,.0f} MB"
+    text = f"{peak_bytes() / 1e6:,.0f} MB"
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_available() and torch.cuda.is_initialized():
         text += f", {torch.cuda.max_memory_allocated() / 1e6:,.0f} MB on the GPU"

@@ -5,7 +5,6 @@ import ctypes
 import os
 import platform
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 import torch
 
 from llmctl import __version__
+from llmctl.core.memory import peak_bytes
 from llmctl.core.model.device import multiplies_in_bf16
 
 _M_TRIM_THRESHOLD, _M_TOP_PAD, _M_MMAP_MAX = -1, -2, -4
@@ -98,8 +98,7 @@ def peak_memory_bytes(device: torch.device | str) -> int:
     """The most memory that this process has held until now: on a CUDA device that device's, else the process's."""
     if torch.device(device).type == "cuda":
         return int(torch.cuda.max_memory_allocated(device))
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return peak_bytes()
 
 
 def facts(device: torch.device) -> dict[str, Any]:
