@@ -157,6 +157,15 @@ def read_json(path: Path, *, max_bytes: int = 64 << 20) -> Any:
     return parse_json(data, where=str(path))
 
 
+def read_notes(path: Path) -> dict[str, Any]:
+    """The JSON object in a file that one can do without; empty where there is none, or none that can be read."""
+    try:
+        found = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
 def parse_json(data: bytes | str, *, where: str) -> Any:
     """Parse strict JSON (no duplicate keys, no NaN or Infinity). Raises InputError that begins with `where`."""
 

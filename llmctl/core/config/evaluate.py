@@ -90,21 +90,10 @@ class EvaluateConfig:
         maximum=65536,
         panel=_MACHINE,
     )
-    device: str = option("auto", "Where to compute.", choices=("auto", "cpu", "cuda", "mps"), panel=_MACHINE)
-    dtype: str | None = option(
-        None,
-        "Number format of the weights. [default: as stored; torch on a CPU without bf16 arithmetic takes float32]",
-        "--precision",
-        choices=("float32", "f32", "bfloat16", "bf16", "float16", "f16"),
-        panel=_MACHINE,
-    )
-    quant: str | None = option(
-        None,
-        "Hold the weights quantised in groups of 32, embeddings and head in 8 bits. [default: as stored]",
-        choices=("int8", "int4"),
-        panel=_MACHINE,
-    )
-    threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    device: str = option_like(GenerateConfig, "device")
+    dtype: str | None = option_like(GenerateConfig, "dtype")
+    quant: str | None = option_like(GenerateConfig, "quant")
+    threads: int | None = option_like(GenerateConfig, "threads")
     nproc: int | None = option_like(PretrainConfig, "nproc", help="Processes of this machine to share the work, one a GPU. [default: 1]")
     rank_timeout: float = option_like(PretrainConfig, "rank_timeout")
 

@@ -8,7 +8,7 @@ from llmctl.core.config.fields import check_fields, option, option_like
 from llmctl.core.config.generate import GenerateConfig
 from llmctl.core.errors import UsageError
 
-_OUT, _NUMBERS, _MACHINE = "Result", "Numbers", "Machine"
+_OUT, _NUMBERS = "Result", "Numbers"
 
 FLOATS = {"float32": "float32", "f32": "float32", "bfloat16": "bfloat16", "bf16": "bfloat16", "float16": "float16", "f16": "float16"}
 GGUF_TYPES = {"float32": "F32", "bfloat16": "BF16", "float16": "F16", "q8_0": "Q8_0", "q4_0": "Q4_0"}
@@ -51,7 +51,7 @@ class ExportConfig:
         choices=("int8", "int4"),
         panel=_NUMBERS,
     )
-    threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    threads: int | None = option_like(GenerateConfig, "threads")
 
     def __post_init__(self) -> None:
         check_fields(self)

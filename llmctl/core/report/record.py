@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from llmctl.core.errors import InputError, NotFoundError
+from llmctl.core.files import read_notes
 from llmctl.core.runlog import CONFIG_NAME, ENERGY_NAME, METRICS_NAME, PLAN_NAME, STATUS_NAME
 
 _MAX_LINE_BYTES = 1 << 20
@@ -80,8 +81,8 @@ def read_run(path: Path) -> RunRecord:
     for columns in (evals, averaged):
         for name in ("tokens_seen", "elapsed_s"):
             columns[name] = _at_steps(steps, name, columns["step"])
-    plan = _json(path / PLAN_NAME)
-    energy = _json(path / ENERGY_NAME).get("starts", [])
+    plan = read_notes(path / PLAN_NAME)
+    energy = read_notes(path / ENERGY_NAME).get("starts", [])
     return RunRecord(
         name=path.name or str(path.resolve().name),
         path=path,
@@ -92,7 +93,7 @@ def read_run(path: Path) -> RunRecord:
         settings=_toml(path / CONFIG_NAME),
         plan=_dict(plan.get("plan")),
         machine=_dict(plan.get("machine")),
-        status=_json(path / STATUS_NAME),
+        status=read_notes(path / STATUS_NAME),
         energy=tuple(e for e in energy if isinstance(e, dict)) if isinstance(energy, list) else (),
         num_bad_lines=num_bad,
     )
@@ -131,14 +132,6 @@ def _at_steps(steps: dict[str, list[float | None]], name: str, wanted: list[floa
     """The column `name` at the wanted steps."""
     found = dict(zip(steps["step"], steps[name], strict=True))
     return [found.get(step) for step in wanted]
-
-
-def _json(path: Path) -> dict[str, Any]:
-    """A JSON object of the run folder; empty where there is none, since a report does without."""
-    try:
-        return _dict(json.loads(path.read_bytes()))
-    except (OSError, ValueError, RecursionError):
-        return {}
 
 
 def _toml(path: Path) -> dict[str, Any]:

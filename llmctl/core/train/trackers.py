@@ -6,7 +6,6 @@ Each library is an extra. A tracker that fails is closed and warned of once: tra
 import contextlib
 import importlib
 import importlib.util
-import json
 import logging
 import os
 import time
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any, Protocol, TextIO
 
 from llmctl.core.errors import LlmctlError, UsageError
-from llmctl.core.files import write_json
+from llmctl.core.files import read_notes, write_json
 from llmctl.core.runlog import ENERGY_NAME
 from llmctl.core.train.events import EvalDone, Event, Finished, Planned, SampleDrawn, StepDone, Warned
 
@@ -250,7 +249,7 @@ class _Codecarbon:
             "country": self._country,
             "tool": self._tool,
         }
-        starts = _object(self._path).get("starts", [])
+        starts = read_notes(self._path).get("starts", [])
         write_json(self._path, {"starts": [*starts, entry]})
 
 
@@ -265,17 +264,9 @@ _OPENERS: dict[str, Any] = {
 
 def _known_id(run_dir: Path, name: str) -> str | None:
     """What the tracker called this run before it was stopped."""
-    known = _object(run_dir / _IDS_NAME).get(name)
+    known = read_notes(run_dir / _IDS_NAME).get(name)
     return known if isinstance(known, str) else None
 
 
 def _remember_id(run_dir: Path, name: str, run_id: str) -> None:
-    write_json(run_dir / _IDS_NAME, {**_object(run_dir / _IDS_NAME), name: run_id})
-
-
-def _object(path: Path) -> dict[str, Any]:
-    try:
-        found = json.loads(path.read_bytes())
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) else {}
+    write_json(run_dir / _IDS_NAME, {**read_notes(run_dir / _IDS_NAME), name: run_id})
