@@ -1,7 +1,6 @@
 """Small real tokenizers for the data tests."""
 
 import json
-import os
 import re
 from pathlib import Path
 
@@ -16,12 +15,6 @@ TEXT = (
     "Once upon a time there was a king's daughter, and she'd 3 golden balls.\nThe fox said: come! 1234 56\n\n"
     "從前有一個國王，他有三個女兒。\n第二天，狐狸來了。\r\n\r\n  - a list // with marks\n/path é ü ñ\n\t\ttabs\n"
 )
-
-
-@pytest.fixture(autouse=True)
-def quick_disk(monkeypatch: pytest.MonkeyPatch) -> None:
-    """No fsync: it guards against a power cut, which no test can make, and takes most of the time."""
-    monkeypatch.setattr(os, "fsync", lambda fd: None)
 
 
 def byte_level(pre: pre_tokenizers.PreTokenizer, *, bos: str | None = None, vocab_size: int | None = None) -> Tokenizer:

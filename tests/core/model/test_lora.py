@@ -11,18 +11,8 @@ from llmctl.core.model import Decoder
 from llmctl.core.model.dropout import Dropout
 from llmctl.core.model.facts import tensor_shapes, training_memory
 from llmctl.core.model.lora import AdapterDropout, LoraConfig, adapter_tensors, add_adapters, num_adapter_parameters
+from tests.core.model.tiny import SHAPE
 
-SHAPE = {
-    "vocab_size": 61,
-    "hidden_size": 32,
-    "num_layers": 2,
-    "num_heads": 4,
-    "num_kv_heads": 2,
-    "head_dim": 8,
-    "mlp_size": 48,
-    "max_positions": 64,
-    "initializer_range": 0.3,
-}
 FUSED = [("layers.0.attn.q", "layers.0.attn.k", "layers.0.attn.v"), ("layers.1.mlp.down",)]
 TOKENS = torch.arange(24).reshape(2, 12) * 5 % 61
 

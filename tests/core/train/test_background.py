@@ -9,28 +9,14 @@ import pytest
 from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.errors import Interrupted, UsageError, WriteError
 from llmctl.core.files import check_manifest, sha256_file
-from llmctl.core.train import pretrain as pretraining
 from llmctl.core.train import state as checkpoints
-from llmctl.core.train.events import CheckpointSaved, Event, StepDone
-from tests.tiny_data import make_packed
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data") / "packed", num_words=2000, val_words=300)
+from llmctl.core.train.events import CheckpointSaved, StepDone
+from tests.core.train.runs import run
 
 
 @pytest.fixture
-def settings(packed: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "data": packed, "out_dir": tmp_path / "run", "depth": 1, "seq_len": 32, "batch_size": 8, "micro_batch_size": 4, "max_steps": 12,
-        "save_every": 3, "eval_every": 6, "sample_every": 0, "threads": 1, "dtype": "f32", "device": "cpu", "async_save": True,
-        "keep_last": 9,
-    }  # fmt: skip
-
-
-def run(settings: dict[str, Any], **options: Any) -> list[Event]:
-    return list(pretraining.train(PretrainConfig(**settings), **options))
+def settings(settings: dict[str, Any]) -> dict[str, Any]:
+    return {**settings, "save_every": 3, "keep_last": 9, "async_save": True}
 
 
 def fingerprints(run_dir: Path) -> dict[str, str]:

@@ -26,23 +26,11 @@ from llmctl.core.train.finetune import train
 from llmctl.core.train.objectives import NextToken
 from tests.core.data.chat_tokenizers import byte_tokenizer
 from tests.core.data.test_chat import write_jsonl
+from tests.core.model.tiny import SHAPE
 
 
 def shape(**facts: object) -> ModelConfig:
-    return ModelConfig(
-        **{  # type: ignore[arg-type]
-            "vocab_size": 61,
-            "hidden_size": 32,
-            "num_layers": 2,
-            "num_heads": 4,
-            "num_kv_heads": 2,
-            "head_dim": 8,
-            "mlp_size": 48,
-            "max_positions": 64,
-            "initializer_range": 0.3,
-            **facts,
-        }
-    )
+    return ModelConfig(**{**SHAPE, **facts})  # type: ignore[arg-type]
 
 
 def tiny_model(**facts: object) -> Decoder:

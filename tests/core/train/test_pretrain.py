@@ -4,7 +4,6 @@ import dataclasses
 import json
 import math
 import shutil
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,28 +23,8 @@ from llmctl.core.train import pretrain as pretraining
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.events import CheckpointSaved, EvalDone, Event, Finished, Planned, Resumed, SampleDrawn, StepDone, Warned
 from llmctl.core.train.loop import Trainer
+from tests.core.train.runs import of, run, stop_after
 from tests.tiny_data import make_packed
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data") / "packed", num_words=2000, val_words=300)
-
-
-@pytest.fixture
-def settings(packed: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "data": packed, "out_dir": tmp_path / "run", "depth": 1, "seq_len": 32, "batch_size": 8, "micro_batch_size": 4, "max_steps": 12,
-        "save_every": 4, "eval_every": 6, "sample_every": 0, "threads": 1, "dtype": "f32", "device": "cpu",
-    }  # fmt: skip
-
-
-def run(settings: dict[str, Any], **options: Any) -> list[Event]:
-    return list(pretraining.train(PretrainConfig(**settings), **options))
-
-
-def of(kind: type, events: list[Event]) -> list[Any]:
-    return [event for event in events if isinstance(event, kind)]
 
 
 def fingerprints(step_dir: Path) -> dict[str, str]:
@@ -56,18 +35,6 @@ def fingerprints(step_dir: Path) -> dict[str, str]:
 def metric_lines(run_dir: Path, kind: str) -> list[dict[str, Any]]:
     lines = [json.loads(line) for line in (run_dir / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if line["kind"] == kind]
-
-
-def until_step(step: int) -> Callable[[], int | None]:
-    """A stop question that says SIGTERM from the `step`-th time on: with two micro-batches, 3 questions a step."""
-    count = 0
-
-    def stop() -> int | None:
-        nonlocal count
-        count += 1
-        return signal.SIGTERM if count > step else None
-
-    return stop
 
 
 def test_a_run_learns_saves_evaluates_and_says_so(settings: dict[str, Any]) -> None:
@@ -140,25 +107,30 @@ def test_transformers_loads_what_was_written(settings: dict[str, Any], facts: di
     assert tokenizer.decode(tokenizer("the king sees gold")["input_ids"]) == "the king sees gold"
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("questions", [1, 5, 14, 16, 27], ids=lambda q: f"stopped at question {q}")
-def test_a_stopped_and_resumed_run_equals_an_unbroken_one(settings: dict[str, Any], tmp_path: Path, questions: int, dtype: str) -> None:
+STOPS = [1, 5, 14, 16, 27]
+BF16_STOPS = [pytest.param("bf16", stop, marks=[] if stop == 14 else [pytest.mark.slow]) for stop in STOPS]
+
+
+@pytest.mark.parametrize(("dtype", "questions"), [*(("f32", stop) for stop in STOPS), *BF16_STOPS])
+def test_a_stopped_and_resumed_run_equals_an_unbroken_one(
+    settings: dict[str, Any], run_once: Callable[..., tuple[list[Event], Path]], dtype: str, questions: int
+) -> None:
     settings = {**settings, "dtype": dtype, "epochs": 2.0, "max_steps": None, "batch_size": 16, "save_every": 0, "eval_every": 5}
-    unbroken = run({**settings, "out_dir": tmp_path / "unbroken"})
-    last = f"step-{of(Finished, unbroken)[0].step:08d}"
+    events, unbroken = run_once(settings)
+    last = f"step-{of(Finished, events)[0].step:08d}"
     with pytest.raises(Interrupted) as caught:
-        run(settings, stop=until_step(questions))
+        run(settings, stop=stop_after(questions))
     assert caught.value.exit_code == 143
     assert read_json(settings["out_dir"] / "status.json")["state"] == "interrupted"
     with pytest.raises(Interrupted):
-        run({**settings, "resume": True}, stop=until_step(3))
+        run({**settings, "resume": True}, stop=stop_after(3))
     events = run({**settings, "resume": True})
     assert of(Resumed, events)
-    assert fingerprints(settings["out_dir"] / last) == fingerprints(tmp_path / "unbroken" / last)
+    assert fingerprints(settings["out_dir"] / last) == fingerprints(unbroken / last)
     for kind in ("step", "eval"):
         ours, theirs = (
             [{k: v for k, v in line.items() if k in ("step", "loss", "grad_norm", "first_sample", "bits_per_byte")} for line in lines]
-            for lines in (metric_lines(settings["out_dir"], kind), metric_lines(tmp_path / "unbroken", kind))
+            for lines in (metric_lines(settings["out_dir"], kind), metric_lines(unbroken, kind))
         )
         assert ours == theirs
 
@@ -203,7 +175,7 @@ def stopped(packed: Path, tmp_path_factory: pytest.TempPathFactory) -> dict[str,
         "save_every": 4, "eval_every": 0, "sample_every": 0, "threads": 1, "dtype": "f32", "device": "cpu",
     }  # fmt: skip
     with pytest.raises(Interrupted):
-        run(settings, stop=until_step(2 * 9))
+        run(settings, stop=stop_after(2 * 9))
     assert [p.name for p in checkpoints.step_folders(settings["out_dir"])] == ["step-00000008", "step-00000009"]
     return settings
 
@@ -344,7 +316,7 @@ def test_nan_in_a_checkpoint_stops_the_first_step(settings: dict[str, Any]) -> N
 
 def test_other_versions_only_cost_bit_identity(settings: dict[str, Any]) -> None:
     with pytest.raises(Interrupted):
-        run(settings, stop=until_step(7))
+        run(settings, stop=stop_after(7))
     (folder,) = checkpoints.step_folders(settings["out_dir"])
     state = read_json(folder / "trainer" / "state.json")
     write_json(folder / "trainer" / "state.json", {**state, "torch_version": "1.0", "threads": 99, "added_later": 1})

@@ -2,7 +2,6 @@
 
 import json
 import math
-import signal
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,6 @@ import pytest
 import torch
 
 from llmctl.core.checkpoint import load_model
-from llmctl.core.config.pretrain import PretrainConfig
 from llmctl.core.data.loader import EvalSource
 from llmctl.core.data.shards import TokenDataset
 from llmctl.core.errors import Interrupted, LlmctlError, NonFiniteError
@@ -21,30 +19,9 @@ from llmctl.core.train.evaluation import HeldOut, evaluate
 from llmctl.core.train.events import EvalDone, Event, Finished, Profiled, StepDone, Warned
 from llmctl.core.train.plan import compile_pays
 from llmctl.core.train.spikes import Spikes
-from tests.tiny_data import make_packed
+from tests.core.train.runs import of, run, stop_after
 
 EVERYTHING = {"label_smoothing": 0.1, "z_loss": 1e-3, "dropout": 0.1, "ema": 0.9, "on_spike": "rewind", "warmup_steps": 3}
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data") / "packed", num_words=2000, val_words=300)
-
-
-@pytest.fixture
-def settings(packed: Path, tmp_path: Path) -> dict[str, Any]:
-    return {
-        "data": packed, "out_dir": tmp_path / "run", "depth": 1, "seq_len": 32, "batch_size": 8, "micro_batch_size": 4, "max_steps": 12,
-        "save_every": 4, "eval_every": 6, "sample_every": 0, "threads": 1, "dtype": "f32", "device": "cpu",
-    }  # fmt: skip
-
-
-def run(settings: dict[str, Any], **options: Any) -> list[Event]:
-    return list(pretraining.train(PretrainConfig(**settings), **options))
-
-
-def of(kind: type, events: list[Event]) -> list[Any]:
-    return [event for event in events if isinstance(event, kind)]
 
 
 def fingerprints(step_dir: Path) -> dict[str, str]:
@@ -56,34 +33,25 @@ def logged(run_dir: Path) -> list[dict[str, Any]]:
     return [{k: v for k, v in line.items() if not k.endswith("_s") and k not in ("tokens_per_second", "peak_share")} for line in lines]
 
 
-def after(questions: int) -> Callable[[], int | None]:
-    """A stop question that says SIGTERM once it was asked so often."""
-    count = 0
-
-    def stop() -> int | None:
-        nonlocal count
-        count += 1
-        return signal.SIGTERM if count > questions else None
-
-    return stop
+STOPS = [2, 6, 17, 21, 38]
+BF16_STOPS = [pytest.param("bf16", stop, marks=[] if stop == 17 else [pytest.mark.slow]) for stop in STOPS]
 
 
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
-@pytest.mark.parametrize("questions", [2, 6, 17, 21, 38])
+@pytest.mark.parametrize(("dtype", "questions"), [*(("f32", stop) for stop in STOPS), *BF16_STOPS])
 def test_with_everything_on_a_stopped_and_resumed_run_equals_an_unbroken_one(
-    settings: dict[str, Any], tmp_path: Path, questions: int, dtype: str
+    settings: dict[str, Any], run_once: Callable[..., tuple[list[Event], Path]], dtype: str, questions: int
 ) -> None:
     """Stopped in the warm-up, in the middle of an accumulation, in an evaluation, beside a save, in the second epoch; and again."""
     settings = {**settings, **EVERYTHING, "dtype": dtype, "epochs": 2.0, "max_steps": None}
     settings |= {"batch_size": 16, "save_every": 5, "eval_every": 4}
-    unbroken = run({**settings, "out_dir": tmp_path / "unbroken"})
-    last = f"step-{of(Finished, unbroken)[0].step:08d}"
+    events, unbroken = run_once(settings)
+    last = f"step-{of(Finished, events)[0].step:08d}"
     for count in (questions, 3):
         with pytest.raises(Interrupted):
-            run({**settings, "auto_resume": True}, stop=after(count))
+            run({**settings, "auto_resume": True}, stop=stop_after(count))
     run({**settings, "resume": True})
-    assert fingerprints(settings["out_dir"] / last) == fingerprints(tmp_path / "unbroken" / last)
-    assert logged(settings["out_dir"]) == logged(tmp_path / "unbroken")
+    assert fingerprints(settings["out_dir"] / last) == fingerprints(unbroken / last)
+    assert logged(settings["out_dir"]) == logged(unbroken)
 
 
 def test_each_of_them_changes_the_run(settings: dict[str, Any], tmp_path: Path) -> None:
@@ -200,7 +168,7 @@ def test_a_spike_is_gone_back_from_and_its_data_left_out(settings: dict[str, Any
     for questions in (3 * 31, 3 * 37):  # before and after going back
         again = {**settings, "out_dir": tmp_path / str(questions)}
         with pytest.raises(Interrupted):
-            run(again, stop=after(questions))
+            run(again, stop=stop_after(questions))
         run({**again, "resume": True})
         assert fingerprints(again["out_dir"] / "step-00000040") == fingerprints(tmp_path / "unbroken" / "step-00000040")
     monkeypatch.undo()
@@ -239,7 +207,7 @@ def test_a_profile_covers_the_run_and_is_written_when_it_is_stopped_too(settings
     assert content["step_peak_share"] == done.step_peak_share
     assert {"aten.mm"} & {row["operator"] for row in content["operators_of_one_step"]}
     with pytest.raises(Interrupted):
-        run({**settings, "profile": True, "eval_every": 0, "out_dir": tmp_path / "stopped"}, stop=after(3 * 8))
+        run({**settings, "profile": True, "eval_every": 0, "out_dir": tmp_path / "stopped"}, stop=stop_after(3 * 8))
     assert read_json(tmp_path / "stopped" / "profile.json")["num_steps"] == 5
 
 
@@ -255,7 +223,7 @@ def test_a_compiled_run_resumes_to_the_bit_and_agrees_with_one_that_is_not(setti
     settings = {**settings, **EVERYTHING, "dtype": dtype, "compile": "on"}
     events = run({**settings, "out_dir": tmp_path / "unbroken"})
     with pytest.raises(Interrupted):
-        run(settings, stop=after(3 * 5 + 2))
+        run(settings, stop=stop_after(3 * 5 + 2))
     run({**settings, "resume": True})
     assert fingerprints(settings["out_dir"] / "step-00000012") == fingerprints(tmp_path / "unbroken" / "step-00000012")
     plain = run({**settings, "compile": "off", "out_dir": tmp_path / "plain"})

@@ -12,7 +12,8 @@ from llmctl.core.train.events import EvalDone, Event, Planned
 from llmctl.core.train.pretrain import train
 from tests.tiny_data import make_packed
 
-from .test_pretrain import fingerprints, until_step
+from .runs import stop_after
+from .test_pretrain import fingerprints
 
 
 @pytest.fixture(scope="module")
@@ -37,7 +38,7 @@ def test_the_plan_the_card_and_the_resume(two: tuple[Path, Path], tmp_path: Path
     assert "a (75.00%)" in card
     assert "b (25.00%)" in card
     with pytest.raises(Exception, match=r"stopped|interrupt"):
-        run(two, tmp_path / "broken", stop=until_step(7))
+        run(two, tmp_path / "broken", stop=stop_after(7))
     with pytest.raises(InputError, match="data"):
         run(two, tmp_path / "broken", parts=(0.5, 0.5), resume=True)
     run(two, tmp_path / "broken", resume=True)

@@ -18,12 +18,6 @@ from llmctl.core.model.shapes import shape_for_depth
 from llmctl.core.train.shard import check_splits
 from llmctl.core.train.together import load_whole
 from tests.rank_jobs import on_ranks, pretrain
-from tests.tiny_data import make_packed
-
-
-@pytest.fixture(scope="module")
-def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return make_packed(tmp_path_factory.mktemp("data") / "packed", num_words=2000, val_words=300)
 
 
 @pytest.fixture
