@@ -1,25 +1,13 @@
 """An architecture that is not llmctl's own, in generate and eval: the same text as transformers', and one line that says so."""
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
 
+from tests.cli.in_process import llmctl
 from tests.cli.tiny_model import make_model
-
-
-def llmctl(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "llmctl", *map(str, arguments)],
-        capture_output=True,
-        text=True,
-        check=False,
-        env={**os.environ, "COLUMNS": "200"},
-    )
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from tests.cli.test_finetune import llmctl
+from tests.cli.in_process import llmctl
 from tests.core.data.test_chat import write_jsonl
 from tests.core.train.test_finetune import ROWS, tiny_base
 

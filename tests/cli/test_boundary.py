@@ -13,7 +13,9 @@ from typing import Any
 
 import pytest
 
-from llmctl.cli.main import describe
+from llmctl.cli.main import app, describe, run
+from tests.cli.in_process import Completed, run_here
+from tests.cli.toy import register
 
 ROOT = Path(__file__).parent.parent.parent
 TOY = [sys.executable, "-m", "tests.cli.toy", "toy"]
@@ -26,21 +28,36 @@ def environment(**variables: str) -> dict[str, str]:
     return {**kept, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **variables}
 
 
-def toy(*arguments: str | bytes, env: dict[str, str] | None = None, **options: Any) -> "subprocess.CompletedProcess[bytes]":
-    """Run `llmctl toy` with `arguments`."""
+def toy(*arguments: str | bytes, env: dict[str, str] | None = None, input: bytes | None = None, cwd: Path | None = None) -> Completed:
+    """Run `llmctl toy` with `arguments` in this process."""
+
+    def with_toy(words: list[str]) -> int:
+        commands = [*app.registered_commands]
+        register()
+        try:
+            return run(words)
+        finally:
+            app.registered_commands[:] = commands
+
+    words = ["toy", *map(os.fsdecode, arguments)]
+    return run_here(words, input=input, env=environment(**(env or {})), cwd=cwd, program=with_toy)
+
+
+def toy_process(*arguments: str | bytes, env: dict[str, str] | None = None, **options: Any) -> Completed:
+    """Run `llmctl toy` with `arguments` as a process."""
     options = {"stdin": subprocess.DEVNULL, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE, **options}
     if "input" in options:
         del options["stdin"]
-    return subprocess.run([*TOY, *arguments], env=environment(**(env or {})), timeout=60, check=False, **options)
+    return subprocess.run([*TOY, *arguments], env=environment(**(env or {})), timeout=240, check=False, **options)
 
 
-def shell(script: str, cwd: Path | None = None) -> "subprocess.CompletedProcess[bytes]":
+def shell(script: str, cwd: Path | None = None) -> Completed:
     """Run a bash script in which $TOY is the toy program; stderr holds what the toy said."""
     full = f"TOY={' '.join(TOY)!r}; {script}"
-    return subprocess.run(["bash", "-c", full], env=environment(), capture_output=True, timeout=60, check=False, cwd=cwd)
+    return subprocess.run(["bash", "-c", full], env=environment(), capture_output=True, timeout=240, check=False, cwd=cwd)
 
 
-def assert_one_error(done: "subprocess.CompletedProcess[bytes]", code: int, *parts: str) -> None:
+def assert_one_error(done: Completed, code: int, *parts: str) -> None:
     """One line, `llmctl: error: ...`, holding `parts`; nothing else on stderr; the exit code."""
     text = done.stderr.decode()
     assert done.returncode == code, text
@@ -66,7 +83,7 @@ CODES = {
 
 @pytest.mark.parametrize(("kind", "code"), CODES.items())
 def test_each_error_has_its_exit_code_and_one_line(kind: str, code: int) -> None:
-    done = toy("--act", kind, "--message", "found\n  this,\twanted that")
+    done = toy_process("--act", kind, "--message", "found\n  this,\twanted that")
     assert_one_error(done, code, "found this, wanted that")
     assert done.stdout == b""
 
@@ -79,7 +96,7 @@ def test_results_before_an_error_are_kept() -> None:
 
 def test_results_before_an_error_that_a_full_stdout_swallows_are_not_called_a_success() -> None:
     with open("/dev/full", "wb") as full:
-        done = toy("--act", "InputError", "--lines", "3", stdout=full)
+        done = toy_process("--act", "InputError", "--lines", "3", stdout=full)
     assert done.returncode in (4, 5)
 
 
@@ -115,19 +132,19 @@ def test_a_usage_error_names_the_flag_and_creates_nothing(arguments: list[str], 
 
 
 def test_bare_llmctl_shows_the_help_on_stderr() -> None:
-    done = subprocess.run(ROOT_TOY, env=environment(), capture_output=True, timeout=60, check=False)
+    done = subprocess.run(ROOT_TOY, env=environment(), capture_output=True, timeout=240, check=False)
     assert done.returncode == 2
     assert done.stdout == b""
     assert b"Usage: llmctl" in done.stderr
 
 
 def test_unknown_command() -> None:
-    done = subprocess.run([*ROOT_TOY, "tokenise"], env=environment(), capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*ROOT_TOY, "tokenise"], env=environment(), capture_output=True, timeout=240, check=False)
     assert_one_error(done, 2, "tokenise")
 
 
 def test_the_help_lists_every_exit_code() -> None:
-    done = subprocess.run([*ROOT_TOY, "--help"], env=environment(), capture_output=True, timeout=60, check=False)
+    done = subprocess.run([*ROOT_TOY, "--help"], env=environment(), capture_output=True, timeout=240, check=False)
     text = done.stdout.decode()
     assert done.returncode == 0
     assert done.stderr == b""
@@ -188,7 +205,7 @@ def test_out_of_memory_says_what_to_try() -> None:
 @pytest.mark.parametrize("arguments", [["--lines", "1"], ["--lines", "5000"], ["--act", "print"], ["--help"], ["--print-config"]])
 def test_a_full_stdout_is_exit_5(arguments: list[str]) -> None:
     with open("/dev/full", "wb") as full:
-        done = toy(*arguments, stdout=full)
+        done = toy_process(*arguments, stdout=full)
     assert_one_error(done, 5, "cannot write to stdout", "no space left")
 
 
@@ -206,7 +223,10 @@ def test_a_reader_that_leaves_gives_141_and_no_noise(arguments: str) -> None:
 
 
 def test_help_to_a_reader_that_left_gives_141() -> None:
-    done = shell("$TOY --help | (exec <&-; sleep 2); exit ${PIPESTATUS[0]}")
+    reader, writer = os.pipe()
+    os.close(reader)
+    done = toy_process("--help", stdout=writer)
+    os.close(writer)
     assert done.stderr == b""
     assert done.returncode == 141
 
@@ -231,7 +251,7 @@ def test_a_closed_stdin_is_a_usage_error_where_input_is_needed() -> None:
 
 def test_stdin_is_read_as_bytes_and_decoded_as_utf8() -> None:
     for variables in ({"LC_ALL": "C", "PYTHONUTF8": "0"}, {"PYTHONIOENCODING": "ascii"}):
-        done = toy("--act", "stdin", input="字\U0001f98a é".encode(), env=variables)
+        done = toy_process("--act", "stdin", input="字\U0001f98a é".encode(), env=variables)
         assert (done.returncode, done.stdout.decode()) == (0, "字\U0001f98a é")
 
 
@@ -252,7 +272,7 @@ def test_a_filter_answers_line_by_line() -> None:
             process.stdin.flush()
             assert process.stdout.readline() == line
         process.stdin.close()
-        assert process.wait(timeout=60) == 0
+        assert process.wait(timeout=240) == 0
 
 
 def test_warnings_come_once_and_stay_when_quiet() -> None:
@@ -282,7 +302,7 @@ def test_a_file_size_limit_is_exit_5_and_leaves_the_old_file(tmp_path: Path) -> 
 
 
 def test_a_keyboard_interrupt_ends_by_sigint() -> None:
-    done = toy("--act", "interrupt")
+    done = toy_process("--act", "interrupt")
     assert done.returncode == -signal.SIGINT
     assert b"Traceback" not in done.stderr
     assert b"llmctl: error: interrupted" in done.stderr
@@ -290,7 +310,7 @@ def test_a_keyboard_interrupt_ends_by_sigint() -> None:
 
 @pytest.mark.parametrize("name", ["SIGHUP", "SIGINT", "SIGTERM"])
 def test_an_interrupted_job_dies_by_its_signal_after_saying_how_to_go_on(name: str) -> None:
-    done = toy("--act", "interrupted", "--message", name, "--lines", "2")
+    done = toy_process("--act", "interrupted", "--message", name, "--lines", "2")
     assert done.returncode == -getattr(signal, name)
     assert done.stderr == b"llmctl: stopped at step 3; go on with --resume\n"
     assert done.stdout.count(b"\n") == 2
@@ -308,7 +328,7 @@ def started(act: str, word: bytes, **options: Any) -> "subprocess.Popen[bytes]":
 def test_a_signal_outside_a_job_ends_at_once_without_traceback(number: signal.Signals) -> None:
     process = started("sleep", b"sleeping")
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == -number
     assert b"Traceback" not in stderr
 
@@ -317,7 +337,7 @@ def test_a_signal_outside_a_job_ends_at_once_without_traceback(number: signal.Si
 def test_a_signal_in_a_job_saves_first(number: signal.Signals) -> None:
     process = started("job", b"started")
     process.send_signal(number)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == -number
     assert stderr == b"saving\nllmctl: saved; go on with --resume\n"
 
@@ -328,7 +348,7 @@ def test_a_second_signal_does_not_wait_for_the_save() -> None:
     process.send_signal(signal.SIGINT)
     assert b"saving" in process.stderr.readline()
     process.send_signal(signal.SIGINT)
-    _, stderr = process.communicate(timeout=30)
+    _, stderr = process.communicate(timeout=240)
     assert process.returncode == -signal.SIGINT
     assert b"Traceback" not in stderr
     assert b"--resume" not in stderr
@@ -340,7 +360,7 @@ def test_usr1_asks_for_a_save_and_the_job_goes_on() -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.stderr.readline() == b"saved on request\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=240)
     assert process.returncode == -signal.SIGTERM
 
 
@@ -351,7 +371,7 @@ def test_nohup_is_respected() -> None:
     process.send_signal(signal.SIGUSR1)
     assert process.stderr.readline() == b"saved on request\n"
     process.send_signal(signal.SIGTERM)
-    process.communicate(timeout=30)
+    process.communicate(timeout=240)
     assert process.returncode == -signal.SIGTERM
 
 
@@ -363,7 +383,7 @@ def test_an_interrupt_stops_a_shell_loop_too() -> None:
     assert process.stderr is not None
     assert process.stderr.readline() == b"started\n"
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does for Ctrl-C
-    stdout, stderr = process.communicate(timeout=30)
+    stdout, stderr = process.communicate(timeout=240)
     assert process.returncode == -signal.SIGINT
     assert (stdout, stderr) == (b"", b"saving\nllmctl: saved; go on with --resume\n")
 
@@ -431,7 +451,7 @@ def test_off_a_terminal_nothing_is_coloured_and_on_one_the_error_is_still_a_line
     assert b"\x1b" not in toy("--act", "InputError").stderr
     leader, follower = pty.openpty()
     try:
-        done = toy("--act", "InputError", stderr=follower, env={"TERM": "dumb"})
+        done = toy_process("--act", "InputError", stderr=follower, env={"TERM": "dumb"})
         assert done.returncode == 4
         fcntl.fcntl(leader, fcntl.F_SETFL, os.O_NONBLOCK)
         assert os.read(leader, 4096).replace(b"\r\n", b"\n") == b"llmctl: error: it broke\n"

@@ -1,14 +1,13 @@
-"""What all commands have in common, tried on each of them as a process: missing input, bad places, bad settings, lost models."""
+"""What all commands have in common, tried on each of them: missing input, bad places, bad settings, lost models."""
 
 import os
 import re
-import subprocess
-import sys
 import tomllib
 from pathlib import Path
 
 import pytest
 
+from tests.cli.in_process import Completed, run_here
 from tests.cli.test_boundary import assert_one_error, environment
 
 COMMANDS = ["tokenize train", "tokenize encode", "tokenize decode", "tokenize count", "tokenize pack", "tokenize verify"]
@@ -23,10 +22,8 @@ MAKERS = {
 OFFLINE = {"HF_HUB_OFFLINE": "1", "HF_HOME": "/nonexistent", "HOME": "/nonexistent"}
 
 
-def llmctl(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> "subprocess.CompletedProcess[bytes]":
-    command = [sys.executable, "-m", "llmctl", *arguments]
-    full = environment(**OFFLINE, **(env or {}))
-    return subprocess.run(command, cwd=cwd, env=full, stdin=subprocess.DEVNULL, capture_output=True, timeout=120, check=False)
+def llmctl(*arguments: str, cwd: Path, env: dict[str, str] | None = None) -> Completed:
+    return run_here(list(arguments), cwd=cwd, env=environment(**OFFLINE, **(env or {})))
 
 
 @pytest.mark.parametrize("command", COMMANDS)

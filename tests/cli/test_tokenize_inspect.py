@@ -2,8 +2,6 @@
 
 import json
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
@@ -13,14 +11,14 @@ from tokenizers import decoders, models, pre_tokenizers, trainers
 from llmctl.core.data.inspect import Inspection, parts_of
 from llmctl.core.tokenizer import Tokenizer
 
+from .in_process import Completed, run_here
 from .test_boundary import environment
 
 TEXT = "The fox runs; лиса бежит, 狐狸跑了! 12 34\n" * 3
 
 
-def llmctl(*arguments: object) -> "subprocess.CompletedProcess[bytes]":
-    command = [sys.executable, "-m", "llmctl", *map(str, arguments)]
-    return subprocess.run(command, env=environment(), capture_output=True, timeout=300, check=False)
+def llmctl(*arguments: object) -> Completed:
+    return run_here([*map(str, arguments)], env=environment())
 
 
 def make(vocab_size: int) -> Tokenizer:

@@ -91,7 +91,11 @@ def job(shell: Shell) -> None:
                 raise errors.Interrupted("saved; go on with --resume", signal_number=number)
 
 
-add_command(app, name="toy", command="toy", config=ToyConfig, run=run_toy, help="A command for tests.")
+def register() -> None:
+    """Add the command to the program."""
+    add_command(app, name="toy", command="toy", config=ToyConfig, run=run_toy, help="A command for tests.")
+
 
 if __name__ == "__main__":
+    register()
     main()
