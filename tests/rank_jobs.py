@@ -1,7 +1,9 @@
 """What tests let several processes do together: `on_ranks` starts them as a batch system would, by their environment."""
 
+import contextlib
 import json
 import os
+import random
 import socket
 import subprocess
 import sys
@@ -19,7 +21,7 @@ from llmctl.core.train.loop import Trainer
 DTYPES = {"f64": torch.float64, "f32": torch.float32, "bf16": torch.bfloat16}
 
 
-def on_ranks(number: int, job: str, *, timeout_s: float = 240, **arguments: Any) -> None:
+def on_ranks(number: int, job: str, *, timeout_s: float = 900, **arguments: Any) -> None:
     """Run the function `job` of this file in `number` processes and wait for them."""
     processes = start_ranks(number, job, **arguments)
     ended = [process.communicate(timeout=timeout_s) for process in processes]
@@ -40,10 +42,15 @@ def start_ranks(number: int, job: str, *, port: int | None = None, **arguments: 
 
 
 def free_port() -> int:
-    """A port that nobody listens on, a moment ago."""
-    with socket.socket() as listener:
-        listener.bind(("127.0.0.1", 0))
-        return int(listener.getsockname()[1])
+    """A port that nobody listens on, a moment ago.
+
+    Below the range from which systems take ports for those that ask for any, so that no such process gets it in between.
+    """
+    while True:
+        port = random.SystemRandom().randrange(10_000, 32_000)
+        with socket.socket() as listener, contextlib.suppress(OSError):
+            listener.bind(("127.0.0.1", port))
+            return port
 
 
 def main(job: str, arguments: str) -> None:

@@ -39,7 +39,7 @@ def chinese(folder: Path) -> tuple[Path, str, str]:
     return path, "床前明月光", "疑是地上霜。"
 
 
-@pytest.mark.parametrize("language", [english, chinese])
+@pytest.mark.parametrize("language", [english, pytest.param(chinese, marks=pytest.mark.slow)])
 def test_from_a_text_file_to_words(language: "type[None]", tmp_path: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, AutoTokenizer

@@ -51,7 +51,7 @@ STARTS = [
 def run(arguments: list[str], program: str, cwd: Path, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run `program` with `arguments`, in `cwd`, with PATH and `environment` as its whole environment."""
     env = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1", **environment}
-    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=60)
+    return subprocess.run([sys.executable, "-c", program, *arguments], cwd=cwd, env=env, capture_output=True, text=True, timeout=240)
 
 
 @pytest.mark.parametrize(("arguments", "code"), STARTS, ids=lambda value: " ".join(value) if isinstance(value, list) else None)
@@ -81,7 +81,7 @@ def test_help_writes_nothing_at_home(arguments: list[str], tmp_path: Path) -> No
 
 def test_the_module_form_is_the_same_program(tmp_path: Path) -> None:
     env = {"PATH": os.environ.get("PATH", ""), "PYTHONPATH": str(ROOT)}
-    done = subprocess.run([sys.executable, "-m", "llmctl", "--version"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=60)
+    done = subprocess.run([sys.executable, "-m", "llmctl", "--version"], cwd=tmp_path, env=env, capture_output=True, text=True, timeout=240)
     assert done.returncode == 0
     assert done.stdout.startswith("llmctl ")
 

@@ -11,7 +11,7 @@ import termios
 import time
 from pathlib import Path
 
-LIMIT_S = 120.0
+LIMIT_S = 240.0
 _ESCAPES = re.compile(r"\x1b\[[0-9;?]*[a-zA-Z]|\x1b[=>]")
 
 

@@ -31,7 +31,7 @@ def bash(*words: str, cwd: Path | None = None) -> set[str]:
     script = ["bash", "--norc", "-c", BASH, "bash", str(FOLDER / "llmctl.bash"), "llmctl", *words]
     environment = {"PATH": "/nowhere"}  # no program can be started, Python least of all
     done = subprocess.run(
-        [shutil.which("bash") or "bash", *script[1:]], capture_output=True, text=True, timeout=30, check=True, cwd=cwd, env=environment
+        [shutil.which("bash") or "bash", *script[1:]], capture_output=True, text=True, timeout=240, check=True, cwd=cwd, env=environment
     )
     assert done.stderr == ""
     return set(done.stdout.split("\n")) - {""}
@@ -39,7 +39,7 @@ def bash(*words: str, cwd: Path | None = None) -> set[str]:
 
 def fish(line: str, cwd: Path | None = None) -> set[str]:
     command = f"source {FOLDER / 'llmctl.fish'}; complete -C {line!r}"
-    done = subprocess.run(["fish", "--no-config", "-c", command], capture_output=True, text=True, timeout=60, check=True, cwd=cwd)
+    done = subprocess.run(["fish", "--no-config", "-c", command], capture_output=True, text=True, timeout=240, check=True, cwd=cwd)
     assert done.stderr == ""
     return {found.split("\t")[0] for found in done.stdout.splitlines()}
 
@@ -71,7 +71,7 @@ def test_the_shells_parse_their_scripts(shell: str) -> None:
     if program is None:
         pytest.skip(f"{shell} is not installed")
     name = {"bash": "llmctl.bash", "zsh": "_llmctl", "fish": "llmctl.fish"}[shell]
-    done = subprocess.run([program, "-n", FOLDER / name], capture_output=True, text=True, timeout=30, check=False)
+    done = subprocess.run([program, "-n", FOLDER / name], capture_output=True, text=True, timeout=240, check=False)
     assert (done.returncode, done.stderr) == (0, "")
 
 
@@ -161,7 +161,7 @@ def zsh(line: str, expected: str, home: Path) -> None:
     )
     os.close(follower)
     screen, typed = "", False
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     try:
         while time.monotonic() < deadline and not (typed and expected in screen):
             if "ready> " in screen and not typed:

@@ -31,7 +31,7 @@ def test_two_hosts_meet_lose_each_other_and_go_on(tmp_path: Path, how: str) -> N
     arguments = [
         "pretrain", "--data", str(packed), "--out-dir", str(run_dir), "--depth", "1", "--seq-len", "32", "--batch-size", "4",
         "--max-steps", "100000", "--eval-every", "0", "--sample-every", "0", "--save-every", "5", "--device", "cpu", "--threads", "1",
-        "--auto-resume", "--rank-timeout", "5",
+        "--auto-resume", "--rank-timeout", "20",
     ]  # fmt: skip
     command = [*ALONE, sys.executable, "-m", "tests.cli.two_hosts", str(run_dir), how, *arguments]
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}

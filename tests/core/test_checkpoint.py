@@ -618,7 +618,7 @@ except NotFoundError as error:
 """
     environment = {**{key: value for key, value in os.environ.items() if not key.startswith("HF_")}, **setting}
     environment |= {"HF_HOME": str(tmp_path), "HF_TOKEN": "hf_secret"}
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=100, check=True)
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment, timeout=240, check=True)
     assert "not found locally, offline" in done.stdout
     assert done.stdout.count("\n") == 1
     assert "hf_secret" not in done.stdout + done.stderr

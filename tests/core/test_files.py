@@ -43,7 +43,7 @@ folder = Path({folder!r})
 
 def run_python(code: str, *, check: bool = True, **options: Any) -> "subprocess.CompletedProcess[bytes]":
     env = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONDONTWRITEBYTECODE": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=60, check=False, **options)
+    done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, timeout=240, check=False, **options)
     assert not check or done.returncode == 0, done.stderr.decode()
     return done
 
@@ -188,7 +188,7 @@ def test_a_full_disk_is_a_write_error_and_leaves_the_old_file(tmp_path: Path) ->
         "assert [p.name for p in folder.iterdir()] == ['a'] and (folder / 'a').read_bytes() == b'old'\n"
     )
     mounted = ["unshare", "-Urm", "sh", "-c", f'mount -t tmpfs -o size=64k t "{tmp_path}" && exec "$0" -c "$1"', sys.executable, code]
-    done = subprocess.run(mounted, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=60, check=False)
+    done = subprocess.run(mounted, env={**os.environ, "PYTHONPATH": str(ROOT)}, capture_output=True, timeout=240, check=False)
     assert done.returncode == 0, done.stderr.decode()
     assert done.stdout.count(b"no space left") == 2
 
@@ -277,7 +277,7 @@ def test_a_lock_dies_with_its_process(tmp_path: Path) -> None:
         with pytest.raises(LockedError, match=f"pid {holder.pid} on"):
             files.FileLock(tmp_path / "lock")
         holder.send_signal(signal.SIGKILL)
-        holder.wait(timeout=30)
+        holder.wait(timeout=240)
         files.FileLock(tmp_path / "lock").release()
 
 

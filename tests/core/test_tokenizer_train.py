@@ -115,7 +115,7 @@ def test_the_result_is_the_same_for_any_number_of_threads() -> None:
     results = set()
     for threads in ("1", "2", "2", "5"):
         env = {**os.environ, "RAYON_NUM_THREADS": threads}
-        done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True, timeout=120)
+        done = subprocess.run([sys.executable, "-c", PROGRAM], env=env, capture_output=True, text=True, check=True, timeout=240)
         results.add(done.stdout)
     assert len(results) == 1
 

@@ -593,7 +593,7 @@ def test_workers_end_with_their_packer(tmp_path: Path, corpus: Path, tokenizer_d
     os.waitpid(pid, 0)
     pids = json.loads(os.read(read_end, 1000))
     os.close(read_end)
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 240
     while not all(map(gone_or_zombie, pids)):
         assert time.monotonic() < deadline, "a worker outlived its packer"
         time.sleep(0.05)

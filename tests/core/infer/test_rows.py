@@ -98,15 +98,14 @@ def test_piped_lines_equal_splitting_the_whole(pieces: list[bytes]) -> None:
     reader, writer = os.pipe()
     lines = polled_lines(reader)
     found = []
-    try:
+    with pytest.MonkeyPatch.context() as patch, open(reader, "rb"):
+        patch.setattr(rows, "_IDLE_S", 0.001)
         for piece in pieces:
             os.write(writer, piece)
             if (line := next(lines)) is not None:
                 found.append(line)
         os.close(writer)
         found += [line for line in lines if line is not None]
-    finally:
-        os.close(reader)
     whole = b"".join(pieces)
     expected = whole.split(b"\n")
     expected = [line.removesuffix(b"\r") for line in expected[:-1]] + ([expected[-1]] if expected[-1] else [])
