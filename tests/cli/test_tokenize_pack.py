@@ -200,7 +200,7 @@ def test_odd_file_names(tmp_path: Path, tokenizer_dir: Path) -> None:
         assert done.returncode == 0, (name, done.stderr)
 
 
-@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), pytest.param(signal.SIGINT, 130, marks=pytest.mark.slow)])
 def test_a_signal_ends_it_with_the_finished_shards_kept(tmp_path: Path, corpus: Path, tokenizer_dir: Path, number: int, code: int) -> None:
     settings = ["-", "--format", "jsonl", "--tokenizer", str(tokenizer_dir), "--shard-tokens", "100000", "--workers", "2", "-v"]
     command = [*LLMCTL, "tokenize", "pack", *settings, "-o", str(tmp_path / "out")]
