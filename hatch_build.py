@@ -31,6 +31,7 @@ FLAGS = ("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-ffp-contract=off
 SOURCES: dict[str, tuple[str, ...]] = {
     "native.cpp": (),
     "bpe.cpp": (),
+    "words.cpp": (),
     "isa_baseline.cpp": (),
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),

@@ -112,14 +112,14 @@ _llmctl() {
             words='train encode decode count inspect pack merge verify -h --help'
             ;;
         'tokenize train')
-            words='--out-dir -o --output-dir --overwrite --no-overwrite --vocab-size --kind --pattern --special-token --chat --no-chat --chat-template --min-frequency --format --field --on-error --max-line-bytes --sample-bytes --seed --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--out-dir -o --output-dir --overwrite --no-overwrite --from-model --from --vocab-size --kind --pattern --special-token --chat --no-chat --chat-template --min-frequency --format --field --on-error --max-line-bytes --sample-bytes --seed --threads --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
                 --out-dir|-o|--output-dir) values='dir' ;;
+                --from-model|--from|--chat-template|--config|-c) values='file' ;;
                 --vocab-size|--special-token|--min-frequency|--field|--max-line-bytes|--sample-bytes|--seed|--threads) values='any' ;;
                 --kind) values='bpe word' ;;
                 --pattern) values='llama3 gpt2' ;;
-                --chat-template|--config|-c) values='file' ;;
                 --format) values='text lines paragraphs jsonl' ;;
                 --on-error) values='stop skip' ;;
             esac
@@ -162,13 +162,13 @@ _llmctl() {
             esac
             ;;
         'tokenize pack')
-            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --normalize --min-chars --max-chars --script --redact --dedupe --decontaminate --shard --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
+            words='--tokenizer --out-dir -o --output-dir --format --field --separator --allow-special --no-allow-special --add-bos --no-add-bos --on-error --max-line-bytes --val-fraction --val-by --val-data --split-seed --shard-tokens --workers --encoder --normalize --min-chars --max-chars --script --redact --dedupe --decontaminate --eval-data --shard --overwrite --no-overwrite --config -c --print-config --json --quiet -q --verbose -v --debug -h --help'
             argument='file'
             case $prev in
-                --tokenizer|--val-data|--redact|--decontaminate|--config|-c) values='file' ;;
-                --out-dir|-o|--output-dir) values='dir' ;;
+                --tokenizer|--val-data|--redact|--config|-c) values='file' ;;
+                --out-dir|-o|--output-dir|--eval-data) values='dir' ;;
                 --format) values='text lines paragraphs jsonl' ;;
-                --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers|--min-chars|--max-chars|--script|--shard) values='any' ;;
+                --field|--separator|--max-line-bytes|--val-fraction|--split-seed|--shard-tokens|--workers|--min-chars|--max-chars|--script|--decontaminate|--shard) values='any' ;;
                 --on-error) values='stop skip' ;;
                 --val-by) values='hash tail' ;;
                 --encoder) values='auto tokenizers' ;;

@@ -6,7 +6,7 @@ import sys
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import typer
 
@@ -22,10 +22,10 @@ if TYPE_CHECKING:
     from llmctl.core.data.records import RecordError
     from llmctl.core.data.sources import Source
     from llmctl.core.data.texts import TextPiece
-    from llmctl.core.tokenizer import Tokenizer, TokenizerTrained
+    from llmctl.core.tokenizer import CorpusRead, Tokenizer, TokenizerTrained
 
 HELP = "Text to ids and back: train a tokenizer, encode, decode, count, and pack a corpus into token shards."
-TRAIN_HELP = """Train a byte-level tokenizer on text.
+TRAIN_HELP = """Train a byte-level tokenizer on text, or extend one with --from.
 
 It has all 256 bytes, so it loses nothing. transformers loads the folder as a PreTrainedTokenizerFast. The bytes per
 token that are reported were measured on text that was kept from the training."""
@@ -69,22 +69,11 @@ def train(config: TrainConfig, shell: Shell) -> None:
     if config.threads is not None:
         os.environ["RAYON_NUM_THREADS"] = str(config.threads)  # read when `tokenizers` first uses threads
     from llmctl.core.data.sources import find_sources
-    from llmctl.core.tokenizer import TokenizerTrained, train_tokenizer
+    from llmctl.core.tokenizer import TokenizerTrained
 
     sources = find_sources(config.inputs, format=config.format, exclude=out_dir)  # type: ignore[arg-type]
     corpus = _Corpus(sources, config, shell)
-    events = train_tokenizer(
-        corpus.texts(),
-        vocab_size=config.vocab_size,
-        model=config.kind,
-        pattern=config.pattern,
-        special_tokens=config.special_token,
-        chat=config.chat,
-        chat_template=template,
-        sample_bytes=config.sample_bytes,
-        min_frequency=config.min_frequency,
-        seed=config.seed,
-    )
+    events = _events(corpus.texts(), config, template)
     result: TokenizerTrained | None = None
     with shell.progress() as progress:
         task = progress.add_task("reading", total=corpus.total_bytes)
@@ -100,6 +89,26 @@ def train(config: TrainConfig, shell: Shell) -> None:
     _write(result.tokenizer, out_dir)
     _report_training(result, corpus, config, shell)
     corpus.fail_if_errors()
+
+
+def _events(texts: Iterator[str], config: TrainConfig, template: str | None) -> "Iterator[CorpusRead | TokenizerTrained]":
+    from llmctl.core.tokenizer import train_tokenizer
+
+    given: dict[str, Any] = {
+        "vocab_size": config.vocab_size,
+        "special_tokens": config.special_token,
+        "chat": config.chat,
+        "chat_template": template,
+        "sample_bytes": config.sample_bytes,
+        "min_frequency": config.min_frequency,
+        "seed": config.seed,
+    }
+    if config.from_model is None:
+        return train_tokenizer(texts, model=config.kind, pattern=config.pattern, **given)
+    from llmctl.cli.tokenizer_reference import open_tokenizer
+    from llmctl.core.tokenizer.extend import extend_tokenizer
+
+    return extend_tokenizer(open_tokenizer(config.from_model), texts, **given)
 
 
 def _read_template(path: Path) -> str:
@@ -138,9 +147,17 @@ def _report_training(result: "TokenizerTrained", corpus: "_Corpus", config: Trai
         "bytes_per_token": round(result.bytes_per_token, 4),
         "fingerprint": result.tokenizer.fingerprint,
         "trainer": result.trainer,
+        "dropped_words": result.num_dropped,
     }
-    why = f"; gigatoken was not used: {result.trainer_reason}" if result.trainer_reason else ""
-    shell.detail(f"merges learnt by {result.trainer}{why}")
+    if result.bytes_per_token_before is not None:
+        facts["bytes_per_token_before"] = round(result.bytes_per_token_before, 4)
+    who = "the native library" if result.trainer == "native" else f"tokenizers; {result.trainer_reason or 'it counts whole words'}"
+    shell.detail(f"learnt by {who}")
+    if result.num_dropped:
+        shell.note(
+            f"the table of words was full: {result.num_dropped:,} times a word was forgotten that was among the rarest,"
+            f" and no count is too low by more than {result.most_missed:,}"
+        )
     if shell.json:
         out.line(json.dumps(facts, ensure_ascii=False))
     if result.vocab_size < config.vocab_size:
@@ -151,7 +168,8 @@ def _report_training(result: "TokenizerTrained", corpus: "_Corpus", config: Trai
     sample = "" if result.sample_bytes == result.num_bytes else f", a sample of {result.num_bytes:,}"
     on = f"{result.heldout_bytes:,} held-out bytes" if result.is_heldout else "the training text, too little to hold any out"
     shell.note(f"{result.vocab_size:,} ids from {result.sample_bytes:,} bytes of text{sample}")
-    shell.note(f"{result.bytes_per_token:.3f} bytes per token on {on}")
+    before = "" if result.bytes_per_token_before is None else f" ({result.bytes_per_token_before:.3f} before)"
+    shell.note(f"{result.bytes_per_token:.3f} bytes per token{before} on {on}")
     shell.note(f"the tokenizer is {config.out_dir}")
 
 

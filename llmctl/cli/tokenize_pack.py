@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -13,7 +14,7 @@ from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import out
 from llmctl.core.config.pack import MergeConfig, PackConfig, VerifyConfig
-from llmctl.core.errors import InputError, PartialFailure
+from llmctl.core.errors import InputError, NotFoundError, PartialFailure, UsageError
 from llmctl.core.files import check_out_dir
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ def register(app: typer.Typer) -> None:
 def pack(config: PackConfig, shell: Shell) -> None:
     """Run `llmctl tokenize pack`."""
     check_out_dir(Path(str(config.out_dir)))
+    config = dataclasses.replace(config, decontaminate=tuple(str(path) for path in _evaluation_sets(config)))
     from llmctl.cli.tokenizer_reference import open_tokenizer
     from llmctl.core.data import packevents as core
     from llmctl.core.data.pack import pack as events_of
@@ -90,6 +92,29 @@ def _columns() -> tuple[Any, ...]:
 
     description = TextColumn("{task.description}")
     return description, BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+
+
+def _evaluation_sets(config: PackConfig) -> Iterator[Path]:
+    """The files of --decontaminate: a file by its path, a task by the data set that `llmctl eval` would read."""
+    for name in (name for names in config.decontaminate for name in ([names] if Path(names).is_file() else names.split(",")) if name):
+        if Path(name).is_file() and Path(name).suffix != ".toml":
+            yield Path(name)
+            continue
+        from llmctl.core.evals.items import find_file
+        from llmctl.core.evals.task import BUILT_IN_FOLDER, built_in_tasks, load_task
+
+        if name not in built_in_tasks() and not name.endswith(".toml"):
+            known = ", ".join(built_in_tasks())
+            raise NotFoundError(f"--decontaminate {name}: no such file, and no such task; the built-in ones are {known}")
+        task = load_task(name)
+        if config.eval_data is None and task.path.parent == BUILT_IN_FOLDER:
+            raise UsageError(f"--decontaminate {name}: the task's data is not part of llmctl; name its folder with --eval-data DIR")
+        try:
+            yield find_file(task.dataset, config.eval_data or task.path.parent, task=task)
+        except NotFoundError as error:
+            raise NotFoundError(
+                f"--decontaminate {name}: {str(error).split(';')[0]}; name the folder that does with --eval-data DIR"
+            ) from error
 
 
 def _show_plan(plan: "PackPlanned", shell: Shell) -> None:

@@ -4,6 +4,7 @@ import gzip
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -382,10 +383,11 @@ def test_wrong_training_creates_nothing(corpus: Path, tmp_path: Path) -> None:
 def test_training_stops_at_once_at_a_signal(tmp_path: Path) -> None:
     draw = random.Random(3)
     (tmp_path / "long.txt").write_text("".join(chr(draw.randrange(0x4E00, 0x9000)) for _ in range(2_000_000)))
-    command = [*LLMCTL, "train", str(tmp_path / "long.txt"), "-o", str(tmp_path / "t"), "--vocab-size", "60000", "--verbose"]
+    command = [*LLMCTL, "train", str(tmp_path / "long.txt"), "-o", str(tmp_path / "t"), "--vocab-size", "2000000", "--verbose"]
+    command += ["--min-frequency", "1"]  # a merge for nearly each of the characters: long enough under any load
     process = subprocess.Popen(command, stdin=subprocess.DEVNULL, stderr=subprocess.PIPE, env=environment())
     assert process.stderr is not None
-    assert b"learning from" in process.stderr.readline()  # now in the trainer, which knows no signals
+    assert b"learning from" in process.stderr.readline()  # now in the native library, which knows no signals
     process.send_signal(signal.SIGINT)
     assert b"interrupted" in process.stderr.read()
     assert process.wait(timeout=240) in (-signal.SIGINT, 128 + signal.SIGINT)
@@ -397,3 +399,40 @@ def test_lines_that_cannot_be_read_can_be_left_out_of_training(tmp_path: Path) -
     done = tokenize("train", tmp_path / "bad.txt", "-o", tmp_path / "t", "--vocab-size", 300, "--on-error", "skip")
     assert done.returncode == 3, done.stderr
     assert Tokenizer.load(tmp_path / "t").vocab_size == 300
+
+
+def test_a_tokenizer_is_extended(folder: Path, tmp_path: Path) -> None:
+    pytest.importorskip("llmctl.core.native.library")
+    (tmp_path / "a.txt").write_text("The quick brown foxes jumped over it. " * 50)
+    more = ["--special-token", "<|tool|>", "--json"]
+    done = good(tokenize("train", tmp_path / "a.txt", "--from", folder, "--vocab-size", 420, "-o", tmp_path / "new", *more))
+    facts = json.loads(done)
+    assert facts["vocab_size"] == 420
+    assert facts["bytes_per_token"] > facts["bytes_per_token_before"]
+    new = Tokenizer.load(tmp_path / "new")
+    assert new.special_tokens == {**TOKENIZER.special_tokens, "<|tool|>": 419}
+    assert new.encode("國王") == TOKENIZER.encode("國王")
+    wrong = tokenize("train", tmp_path / "a.txt", "--from", folder, "--vocab-size", 420, "--kind", "word", "-o", tmp_path / "none")
+    assert_one_error(wrong, 2, "--kind", "--from")
+    assert_one_error(tokenize("train", tmp_path / "a.txt", "--from", folder, "-o", tmp_path / "none", "--vocab-size", 300), 2, "already")
+    assert not (tmp_path / "none").exists()
+
+
+@pytest.mark.slow
+def test_training_reads_more_than_it_may_have(tmp_path: Path) -> None:
+    """1.6 GB through a pipe into 1 GiB of address space, 20 million different words among them: more than the table holds."""
+    if shutil.which("prlimit") is None:
+        pytest.skip("needs prlimit")
+    line = "The quick brown fox jumps over the lazy dog; então выпей чаю."
+    train = f"prlimit --as={1 << 30} {sys.executable} -m llmctl tokenize train - --format text --pattern gpt2 --vocab-size 2000 --json"
+    source = f"(yes '{line}' | head -c 700000000; seq 20000000; yes '{line}' | head -c 700000000)"
+    done = subprocess.run(
+        ["bash", "-c", f"{source} | {train} -o {tmp_path / 'out'}"], env=environment(), capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["trainer"] == "native"
+    assert facts["sample_bytes"] == facts["bytes"] > 1_500_000_000
+    assert facts["dropped_words"] > 10_000_000
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    assert len(tokenizer.encode(" quick brown fox jumps")) == 4

@@ -311,3 +311,30 @@ def test_five_gigabytes_pass_through_a_gigabyte(tmp_path: Path) -> None:
     facts = json.loads(done.stdout)
     assert facts["train"]["num_bytes"] > 0.98 * num_bytes, "all but the ends of lines"
     shutil.rmtree(out)
+
+
+def test_decontamination_by_the_names_of_tasks(tmp_path: Path, tokenizer_dir: Path) -> None:
+    question = "How do you keep a very long wooden ladder from slipping on a wet stone floor in the rain"
+    ending = "and then the old man slowly walks over to the river bank to wash his two muddy boots"
+    (tmp_path / "piqa_valid.jsonl").write_text(json.dumps({"goal": question, "sol1": "a", "sol2": "b"}) + "\n")
+    (tmp_path / "hellaswag_val.jsonl").write_text(json.dumps({"ctx_a": "x", "endings": [ending, "no"]}) + "\n")
+    (tmp_path / "own.txt").write_text("nine words of a set of my very own\n")
+    (tmp_path / "docs.txt").write_text(f"Asked: {question}?\nSo, {ending}.\nnine words of a set of my very own\nthis one stays\n")
+
+    def pack(*more: str) -> subprocess.CompletedProcess[bytes]:
+        command = [*LLMCTL, "tokenize", "pack", "docs.txt", "--format", "lines", "--tokenizer", str(tokenizer_dir), "-o", "out", "--json"]
+        command += ["--val-fraction", "0", *more]
+        return subprocess.run(command, cwd=tmp_path, env=environment(), capture_output=True, timeout=120)
+
+    for names, code, message in (
+        ("piqa,hellaswagg", 10, "no such task"),
+        ("piqa", 2, "--eval-data"),
+        ("lambada_openai", 10, "lambada"),
+    ):
+        done = pack("--decontaminate", names, *(["--eval-data", "."] if code == 10 else []))
+        assert_one_error(done, code, message)
+    done = pack("--decontaminate", "hellaswag,piqa", "--decontaminate", "own.txt", "--eval-data", ".")
+    assert done.returncode == 0, done.stderr
+    facts = json.loads(done.stdout)
+    assert facts["quality"] == {"contaminated": 3}
+    assert facts["train"]["num_documents"] == 1

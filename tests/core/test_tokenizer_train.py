@@ -15,9 +15,9 @@ import tokenizers
 
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.tokenizer import CorpusRead, Tokenizer, TokenizerTrained, train_tokenizer
-from llmctl.core.tokenizer import train as train_module
+from llmctl.core.tokenizer import intake as intake_module
 from llmctl.core.tokenizer.byte_level import byte_to_char
-from llmctl.core.tokenizer.train import _pieces, _Sample, _short_runs
+from llmctl.core.tokenizer.intake import Sample, pieces_of, short_runs
 from tests.core.tokenizer_kinds import CHINESE, CORPUS, ENGLISH
 
 TEST_DATA = os.environ.get("LLMCTL_TEST_DATA")
@@ -73,7 +73,7 @@ def test_merges_are_those_of_the_definition(pattern: str) -> None:
     result = train([text], pattern=pattern, vocab_size=256 + 1 + 60)
     assert not result.is_heldout
     merges = [tuple(pair) for pair in json.loads(result.tokenizer.to_json())["model"]["merges"]]
-    assert merges == brute_force_bpe(words_of(result.tokenizer, list(_short_runs(text))), 60)
+    assert merges == brute_force_bpe(words_of(result.tokenizer, list(short_runs(text))), 60)
     assert result.vocab_size == 256 + 1 + len(merges)
 
 
@@ -125,9 +125,9 @@ def test_a_sample_is_within_its_budget_and_depends_on_corpus_and_seed_alone() ->
         return (f"line {i} of a corpus that is larger than the budget\n" * 20 for i in range(3000))
 
     def sampled(seed: int, budget: int) -> tuple[list[str], list[str]]:
-        sample = _Sample(budget, seed=seed)
-        for text in texts():
-            sample.add(text)
+        sample = Sample(budget, seed=seed)
+        for piece in (piece for text in texts() for piece in pieces_of(text)):
+            sample.add(piece)
             assert sample.kept_bytes <= budget
         assert sample.num_bytes == sum(len(text) for text in texts())
         return sample.split()
@@ -149,14 +149,14 @@ def test_a_sample_is_within_its_budget_and_depends_on_corpus_and_seed_alone() ->
 
 def test_pieces_joined_are_the_text() -> None:
     for text in ("", "a", "x" * 20_000, "word " * 5000, "line\n" * 5000, "\n" * 20_000, "你好" * 9000):
-        assert "".join(_pieces(text)) == text
-        assert max((len(piece) for piece in _pieces(text)), default=0) <= 8192
-        assert "".join(_short_runs(text)) == text
+        assert "".join(pieces_of(text)) == text
+        assert max((len(piece) for piece in pieces_of(text)), default=0) <= 8192
+        assert "".join(short_runs(text)) == text
 
 
 def test_long_runs_without_white_space_are_cut_for_training() -> None:
-    assert max(len(word) for text in _short_runs("汉" * 1000 + " x") for word in text.split()) == 64
-    assert list(_short_runs("short words only")) == ["short words only"]
+    assert max(len(word) for text in short_runs("汉" * 1000 + " x") for word in text.split()) == 64
+    assert list(short_runs("short words only")) == ["short words only"]
 
 
 def test_bytes_per_token_is_what_encoding_gives() -> None:
@@ -169,7 +169,7 @@ def test_bytes_per_token_is_what_encoding_gives() -> None:
 
 
 def test_progress_comes_before_the_result(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(train_module, "_REPORT_BYTES", 1 << 20)
+    monkeypatch.setattr(intake_module, "_REPORT_BYTES", 1 << 20)
     events = list(train_tokenizer([ENGLISH * 100] * 100, vocab_size=300, sample_bytes=100_000))
     assert [type(event) for event in events[:-1]] == [CorpusRead] * (len(events) - 1)
     assert [event.is_last for event in events[:-1]] == [False] * (len(events) - 2) + [True]  # type: ignore[union-attr]

@@ -81,11 +81,15 @@ class PackConfig:
     dedupe: str | None = option(
         None, "Leave out documents that came before: to the byte, or nearly (MinHash; an extra).", choices=("exact", "near"), panel=_QUALITY
     )
-    decontaminate: tuple[Path, ...] = option(
+    decontaminate: tuple[str, ...] = option(
         (),
-        "Leave out documents that share 13 words in a row with this evaluation set (.jsonl or text); repeatable.",
+        "Leave out documents that share 13 words in a row with an evaluation set: tasks of `llmctl eval` by name, or files (.jsonl or"
+        " text), with commas between; repeatable.",
         panel=_QUALITY,
-        metavar="FILE",
+        metavar="TASK,FILE",
+    )
+    eval_data: Path | None = option(
+        None, "Folder of the data of the tasks that --decontaminate names, as --data of `llmctl eval`.", panel=_QUALITY, metavar="DIR"
     )
     shard: str | None = option(
         None,

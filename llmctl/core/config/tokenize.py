@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llmctl.core.config.fields import check_fields, option, option_like
 from llmctl.core.config.pack import PackConfig
-from llmctl.core.errors import MissingSettingError
+from llmctl.core.errors import MissingSettingError, UsageError
 
 _CORPUS, _VOCABULARY = "Corpus", "Vocabulary"
 
@@ -17,6 +17,14 @@ class TrainConfig:
     inputs: tuple[str, ...] = option_like(PackConfig, "inputs")
     out_dir: Path | None = option(None, "Folder for the tokenizer; made if its parent exists.", "-o", "--output-dir", metavar="DIR")
     overwrite: bool = option(False, "Replace a tokenizer that is in --out-dir already.")
+    from_model: str | None = option(
+        None,
+        "Extend this tokenizer instead (a folder, a tokenizer.json, a model): its ids and merges stay, those learnt from the text"
+        " come after them.",
+        "--from",
+        metavar="REF",
+        panel=_VOCABULARY,
+    )
     vocab_size: int = option(
         8192, "Number of ids, the 256 bytes and the special tokens included.", minimum=257, maximum=1 << 24, panel=_VOCABULARY
     )
@@ -37,8 +45,11 @@ class TrainConfig:
     field: str = option_like(PackConfig, "field")
     on_error: str = option_like(PackConfig, "on_error")
     max_line_bytes: int = option_like(PackConfig, "max_line_bytes")
-    sample_bytes: int = option(
-        32 << 20, "Learn from a random sample of so many bytes where there is more; this bounds the memory.", minimum=1, panel=_CORPUS
+    sample_bytes: int | None = option(
+        None,
+        "Learn from a random sample of so many bytes where there is more. [default: all the text; 33554432 where tokenizers learns]",
+        minimum=1,
+        panel=_CORPUS,
     )
     seed: int = option(0, "Seed of the sample.", minimum=0, panel=_CORPUS)
     threads: int | None = option(None, "Threads to use; the result is the same for any number. [default: all cores]", minimum=1)
@@ -49,6 +60,10 @@ class TrainConfig:
             raise MissingSettingError("INPUT is missing: name files, folders, patterns, or - for stdin")
         if self.out_dir is None:
             raise MissingSettingError("--out-dir is missing: the folder for the tokenizer")
+        if self.from_model is not None:
+            for flag, name, default in (("--kind", self.kind, "bpe"), ("--pattern", self.pattern, "llama3")):
+                if name != default:
+                    raise UsageError(f"{flag} does not go with --from: the tokenizer that is extended decides")
 
 
 @dataclass(frozen=True, kw_only=True)

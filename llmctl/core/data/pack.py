@@ -155,7 +155,7 @@ def pack(
 def quality_of(config: PackConfig) -> QualityRules:
     """What the settings say is done to documents. Raises NotFoundError and UsageError for the files that they name."""
     for path in config.decontaminate:
-        if not path.is_file():
+        if not Path(path).is_file():
             raise NotFoundError(f"--decontaminate {path}: no such file")
     return QualityRules(
         normalize=config.normalize,

@@ -20,10 +20,10 @@ from llmctl import __version__
 from llmctl.core.config.pack import PackConfig
 from llmctl.core.data import documents
 from llmctl.core.data.documents import Piece, ReadRules, SplitRule, read_pieces
+from llmctl.core.data.duplicates import Duplicates
 from llmctl.core.data.encode import EncodedPiece, EncoderNote, Segment
 from llmctl.core.data.packevents import PackEvent, PackProgress, PackWarned, ShardWritten
 from llmctl.core.data.packfolder import PackFolder, ShardPlace
-from llmctl.core.data.quality import Duplicates
 from llmctl.core.data.records import RecordError
 from llmctl.core.data.sharding import lines_before
 from llmctl.core.data.shards import ShardWriter, id_dtype
@@ -121,7 +121,7 @@ class PackRun:
         self._num_errors = 0
         self._num_special = 0
         self._has_text = False
-        self._duplicates = Duplicates()
+        self._duplicates = Duplicates(folder.path)
         self._cleaned: Counter[str] = Counter()
         self.note: EncoderNote | None = None
         """Which implementation encodes; the checked bytes are those of all workers."""

@@ -217,23 +217,3 @@ def _strings(value: Any) -> Iterator[str]:
     elif isinstance(value, dict | list):
         for item in value.values() if isinstance(value, dict) else value:
             yield from _strings(item)
-
-
-class Duplicates:
-    """What was seen so far. It holds some 60 bytes for each key of each document that was kept."""
-
-    def __init__(self) -> None:
-        self._seen: list[set[int]] = []
-
-    def fresh(self, keys: Keys) -> npt.NDArray[np.bool_]:
-        """(documents,): which of the documents are the first of their kind; those are remembered."""
-        while len(self._seen) < keys.shape[1]:
-            self._seen.append(set())
-        result = np.ones(len(keys), dtype=bool)
-        for place, row in enumerate(keys.tolist()):
-            if any(key in seen for key, seen in zip(row, self._seen, strict=True)):
-                result[place] = False
-            else:
-                for key, seen in zip(row, self._seen, strict=True):
-                    seen.add(key)
-        return result

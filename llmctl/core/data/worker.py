@@ -106,11 +106,10 @@ class WorkerPool:
         self._idle: queue.SimpleQueue[_Worker] = queue.SimpleQueue()
         self._workers: list[_Worker] = []
         try:
-            order = rules_to_frame(rules, tokenizer)
-            for number in range(num_workers):
-                worker = _Worker(number, order)
-                self._workers.append(worker)
-                self._idle.put(worker)
+            self._workers += [_Worker(number) for number in range(num_workers)]
+            order = rules_to_frame(rules, tokenizer)  # while they start
+            for worker in self._workers:
+                self._executor.submit(self._order, worker, order)
         except BaseException:
             self.close()
             raise
@@ -129,6 +128,13 @@ class WorkerPool:
             while waiting and (batch is None or len(waiting) >= 2 * self._num_workers or waiting[0].done()):
                 yield waiting.popleft().result()
 
+    def _order(self, worker: "_Worker", order: tuple[Any, bytes]) -> None:
+        """In a thread: it is more than a pipe holds, and the worker reads it only when all is imported."""
+        try:
+            worker.order(order)
+        finally:
+            self._idle.put(worker)
+
     def _encode(self, batch: PieceBatch) -> EncodedBatch:
         worker = self._idle.get()
         try:
@@ -146,7 +152,7 @@ class WorkerPool:
 class _Worker:
     """The packer's side of one worker process."""
 
-    def __init__(self, number: int, order: tuple[Any, bytes]) -> None:
+    def __init__(self, number: int) -> None:
         self.number = number
         command = [sys.executable, "-P", "-c", _PROGRAM, _PACKAGE_ROOT]
         try:
@@ -160,8 +166,10 @@ class _Worker:
             )
         except OSError as error:
             raise LlmctlError(f"cannot start a worker process: {error.strerror}; try --workers 1") from error
-        with contextlib.suppress(OSError):  # it died at once: the first batch finds out and says so
-            assert self.process.stdin is not None
+
+    def order(self, order: tuple[Any, bytes]) -> None:
+        assert self.process.stdin is not None
+        with contextlib.suppress(OSError, ValueError):  # it died at once, or all is closed: the first batch finds out and says so
             write_frame(self.process.stdin, *order)
 
     def encode(self, batch: PieceBatch) -> tuple[list[EncodedPiece], EncoderNote]:

@@ -139,11 +139,11 @@ def test_decontamination(tmp_path: Path, tokenizer: Tokenizer, tokenizer_dir: Pa
         "only nine words, are in this very short EXAMPLE",
         "a dog and a cat",
     ]
-    found, counts = packed(tmp_path, texts, tokenizer, tokenizer_dir, decontaminate=(tmp_path / "eval.jsonl",))
+    found, counts = packed(tmp_path, texts, tokenizer, tokenizer_dir, decontaminate=(str(tmp_path / "eval.jsonl"),))
     assert found == [texts[1], texts[3]]
     assert counts == {"contaminated": 2}
     with pytest.raises(NotFoundError, match=r"none\.jsonl"):
-        run(tmp_path / "docs.jsonl", tmp_path / "other", tokenizer_dir, decontaminate=(tmp_path / "none.jsonl",))
+        run(tmp_path / "docs.jsonl", tmp_path / "other", tokenizer_dir, decontaminate=(str(tmp_path / "none.jsonl"),))
 
 
 ALL: dict[str, Any] = {"normalize": "nfc", "min_chars": 3, "max_chars": 3000, "dedupe": "exact", "val_fraction": 0.3, "shard_tokens": 2000}
