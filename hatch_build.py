@@ -34,9 +34,12 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "words.cpp": (),
     "isa_baseline.cpp": (),
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
+    "isa_avxvnni.cpp": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),
     "isa_avx512.cpp": ("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma"),
 }
 """Each source with the flags of its instruction set, which only x86-64 compilers know."""
+OPTIONAL_FLAG = "-mavxvnni"
+"""GCC 11 and clang 12 know it; for older ones the source that has it is compiled without."""
 
 
 class CustomBuildHook(BuildHookInterface):
@@ -88,7 +91,13 @@ def compile_library(compiler: list[str], root: Path) -> None:
         def compile_one(source: str) -> str:
             target = str(Path(folder) / f"{source}.o")
             flags = SOURCES[source] if is_x86 else ()
-            run([*compiler, *FLAGS, *flags, "-c", str(root / NATIVE / source), "-o", target])
+            arguments = ["-c", str(root / NATIVE / source), "-o", target]
+            try:
+                run([*compiler, *FLAGS, *flags, *arguments])
+            except subprocess.CalledProcessError:
+                if OPTIONAL_FLAG not in flags:
+                    raise
+                run([*compiler, *FLAGS, *(flag for flag in flags if flag != OPTIONAL_FLAG), *arguments])
             return target
 
         with ThreadPoolExecutor(max_workers=os.cpu_count() or 1) as pool:

@@ -83,7 +83,7 @@ class NativeExecutor:
 
     @property
     def kernels(self) -> str:
-        """The kernels that run: "avx512", "avx2" or "baseline"."""
+        """The kernels that run: one of library.py's KERNEL_NAMES."""
         return self._session.kernels
 
     @property

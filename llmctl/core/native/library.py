@@ -25,8 +25,9 @@ FLOAT32, BFLOAT16, INT8, INT4, FLOAT16 = 0, 1, 2, 3, 4
 GROUP = 32
 """Inputs that share a scale."""
 ISA_VARIABLE = "LLMCTL_NATIVE_ISA"
-"""Environment: the kernels to use, "avx512bf16", "avx512", "avx2" or "baseline", instead of the best that the CPU can run."""
-KERNEL_NAMES = ("avx512bf16", "avx512", "avx2", "baseline")
+"""Environment: the kernels to use, one of KERNEL_NAMES, instead of the best that the CPU can run."""
+KERNEL_NAMES = ("avx512bf16", "avx512", "avxvnni", "avx2", "baseline")
+"""The best first; "avxvnni" is AVX2 with AVX-VNNI."""
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
 ABI = 4

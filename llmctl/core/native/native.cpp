@@ -27,16 +27,19 @@ bool has_f16c() {  // not every compiler's __builtin_cpu_supports knows it
 #endif
 
 #if defined(__x86_64__)
-bool has_bf16() {
+bool has_newer(int bit) {  // leaf 7, subleaf 1
     unsigned eax, ebx, ecx, edx;
-    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> 5 & 1u);
+    return __get_cpuid_count(7, 1, &eax, &ebx, &ecx, &edx) && (eax >> bit & 1u);
 }
+bool has_avx_vnni() { return has_newer(4); }
+bool has_bf16() { return has_newer(5); }
 #endif
 
 bool can_run(const Kernels& kernels) {
 #if defined(__x86_64__)
     __builtin_cpu_init();
     if (&kernels == &kAvx2Kernels) return __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && has_f16c();
+    if (&kernels == &kAvxVnniKernels) return kernels.run_chunk && has_avx_vnni() && can_run(kAvx2Kernels);
     if (&kernels == &kAvx512Bf16Kernels) return has_bf16() && can_run(kAvx512Kernels);
     if (&kernels == &kAvx512Kernels)
         return __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512dq") &&
@@ -47,7 +50,7 @@ bool can_run(const Kernels& kernels) {
 
 const Kernels* const kAll[] = {  // the best first
 #if defined(__x86_64__)
-    &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvx2Kernels,
+    &kAvx512Bf16Kernels, &kAvx512Kernels, &kAvxVnniKernels, &kAvx2Kernels,
 #endif
     &kBaselineKernels};
 

@@ -156,6 +156,7 @@ struct Kernels {
 extern const Kernels kBaselineKernels;
 #if defined(__x86_64__)
 extern const Kernels kAvx2Kernels;
+extern const Kernels kAvxVnniKernels;  // without functions where the compiler knows no AVX-VNNI
 extern const Kernels kAvx512Kernels;
 extern const Kernels kAvx512Bf16Kernels;
 #endif

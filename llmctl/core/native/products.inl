@@ -19,6 +19,9 @@ constexpr int blocks_for(int rows) { return rows == 1 ? 2 : 1; }
 #endif
 constexpr int kGroup = 4;   // blocks that stay in the cache while all rows of a panel pass over them
 constexpr int kPanel = 64;  // rows whose inputs stay in the cache
+constexpr int kAhead = 1 << 10;  // bytes of weights of floats that are fetched before they are wanted
+
+INLINE void fetch(const char* from) { __builtin_prefetch(from + kAhead, 0, 3); }
 
 // Where the sums go: y = sums + bias, or y += multiplier * (sums + bias), or, for `continues`, on from what is in y.
 struct Target {
@@ -76,10 +79,12 @@ INLINE void tile(const Packed& matrix, int block, const float* x, size_t x_strid
         for (int k = 0; k < inputs; ++k) {
             Vec w[Blocks][kParts];
 #pragma GCC unroll 4
-            for (int b = 0; b < Blocks; ++b)
+            for (int b = 0; b < Blocks; ++b) {
+                const char* at = weights + b * block_bytes + static_cast<size_t>(k) * kLanes * kBytes;
+                fetch(at);
 #pragma GCC unroll 4
-                for (int p = 0; p < kParts; ++p)
-                    w[b][p] = load_numbers<Type>(weights + b * block_bytes + (static_cast<size_t>(k) * kLanes + p * kWidth) * kBytes);
+                for (int p = 0; p < kParts; ++p) w[b][p] = load_numbers<Type>(at + p * kWidth * kBytes);
+            }
 #pragma GCC unroll 8
             for (int r = 0; r < Rows; ++r) {
                 const Vec input = splat(x[r * x_stride + k]);
@@ -95,13 +100,16 @@ INLINE void tile(const Packed& matrix, int block, const float* x, size_t x_strid
     for (; k + 1 < inputs; k += 2) {
         Vec even[Blocks][kParts], odd[Blocks][kParts];
 #pragma GCC unroll 4
-        for (int b = 0; b < Blocks; ++b)
+        for (int b = 0; b < Blocks; ++b) {
+            const char* at = weights + b * block_bytes + static_cast<size_t>(k / 2) * kLanes * 4;
+            fetch(at);
 #pragma GCC unroll 4
             for (int p = 0; p < kParts; ++p) {
-                const BitVec pair = load_bits(weights + b * block_bytes + (static_cast<size_t>(k / 2) * kLanes + p * kWidth) * 4);
+                const BitVec pair = load_bits(at + p * kWidth * 4);
                 even[b][p] = (Vec)(pair << 16);
                 odd[b][p] = (Vec)(pair & 0xffff0000u);
             }
+        }
 #pragma GCC unroll 8
         for (int r = 0; r < Rows; ++r) {
             const Vec first = splat(x[r * x_stride + k]), second = splat(x[r * x_stride + k + 1]);

@@ -7,6 +7,20 @@ namespace {
 
 int num_groups(int inputs) { return (inputs + kQuantGroup - 1) / kQuantGroup; }
 
+#if defined(__AVX2__) && !defined(__AVX512F__)
+INLINE int32_t lanes_total(IntVec v) {
+    __m128i four = _mm_add_epi32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    four = _mm_add_epi32(four, _mm_shuffle_epi32(four, 0x4e));
+    return _mm_cvtsi128_si32(_mm_add_epi32(four, _mm_shuffle_epi32(four, 0xb1)));
+}
+
+INLINE uint32_t largest_lane(BitVec v) {
+    __m128i four = _mm_max_epu32(_mm256_castsi256_si128((__m256i)v), _mm256_extracti128_si256((__m256i)v, 1));
+    four = _mm_max_epu32(four, _mm_shuffle_epi32(four, 0x4e));
+    return static_cast<uint32_t>(_mm_cvtsi128_si32(_mm_max_epu32(four, _mm_shuffle_epi32(four, 0xb1))));
+}
+#endif
+
 // One group of 32 numbers. With a NaN or infinity in it, its scale is that and its codes are zero, so that every product
 // with the row becomes NaN; what no float16 scale could make count is zero.
 INLINE void quantise_group(const float* x, signed char* codes, float* scale, int32_t* offset, float* sum) {
@@ -18,6 +32,8 @@ INLINE void quantise_group(const float* x, signed char* codes, float* scale, int
     }
 #if defined(__AVX512F__)
     const uint32_t largest = _mm512_reduce_max_epu32((__m512i)most);
+#elif defined(__AVX2__)
+    const uint32_t largest = largest_lane(most);
 #else
     uint32_t largest = most[0];
     for (int i = 1; i < kWidth; ++i) largest = most[i] > largest ? most[i] : largest;
@@ -40,6 +56,12 @@ INLINE void quantise_group(const float* x, signed char* codes, float* scale, int
         _mm_storeu_si128(reinterpret_cast<__m128i*>(codes + i * kWidth), _mm512_cvtepi32_epi8((__m512i)code));
     }
     total = _mm512_reduce_add_epi32((__m512i)all);
+#elif defined(__AVX2__)
+    __m256i code[kVecs];
+    for (int i = 0; i < kVecs; ++i) code[i] = (__m256i)((BitVec)(load(x + i * kWidth) * steps + magic) - (BitVec)magic);
+    total = lanes_total((IntVec)code[0] + (IntVec)code[1] + (IntVec)code[2] + (IntVec)code[3]);
+    const __m256i halves = _mm256_packs_epi16(_mm256_packs_epi32(code[0], code[1]), _mm256_packs_epi32(code[2], code[3]));
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(codes), _mm256_permutevar8x32_epi32(halves, _mm256_setr_epi32(0, 4, 1, 5, 2, 6, 3, 7)));
 #else
     int32_t wide[kQuantGroup];
     for (int i = 0; i < kVecs; ++i) {
@@ -107,26 +129,39 @@ INLINE IntVec four_codes(const signed char* codes) {
     return splat_int(four);
 }
 
-// What the integer kernels of this instruction set start from and add up. `Dot<Type>` holds the sums of one row of a group.
+// What the integer kernels of this instruction set start from and add up. dot_plain's sums of a group (of codes 0 to 15) are
+// what `widened` makes whole numbers of; dot_signed's (of int8) are whole numbers.
 #if defined(__AVX512F__)
 
 constexpr bool kAddsOffset = true;  // codes of int8 weights go in with 128 added
+INLINE IntVec widened(IntVec sum) { return sum; }
 INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) { return (IntVec)_mm512_dpbusd_epi32((__m512i)sum, (__m512i)weights, (__m512i)x); }
+INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) { return dot_plain(sum, weights, x); }
+
+#elif defined(__AVXVNNI__)
+
+constexpr bool kAddsOffset = true;
+INLINE IntVec widened(IntVec sum) { return sum; }
+INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) { return (IntVec)_mm256_dpbusd_avx_epi32((__m256i)sum, (__m256i)weights, (__m256i)x); }
 INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) { return dot_plain(sum, weights, x); }
 
 #elif defined(__AVX2__)
 
 constexpr bool kAddsOffset = false;  // pairs of products of 255 would not fit 16 bits
-INLINE IntVec pairs_added(IntVec sum, __m256i pairs) { return sum + (IntVec)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1)); }
-INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) { return pairs_added(sum, _mm256_maddubs_epi16((__m256i)weights, (__m256i)x)); }
+INLINE IntVec widened(IntVec sum) { return (IntVec)_mm256_madd_epi16((__m256i)sum, _mm256_set1_epi16(1)); }
+// in 16 bits: 8 times 2 products of 15 * 127 are a group, 30480
+INLINE IntVec dot_plain(IntVec sum, BitVec weights, IntVec x) {
+    return (IntVec)_mm256_add_epi16((__m256i)sum, _mm256_maddubs_epi16((__m256i)weights, (__m256i)x));
+}
 INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) {
     const __m256i code = _mm256_xor_si256((__m256i)weights, _mm256_set1_epi8(-128));
-    return pairs_added(sum, _mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)x, code)));
+    return sum + widened((IntVec)_mm256_maddubs_epi16(_mm256_abs_epi8(code), _mm256_sign_epi8((__m256i)x, code)));
 }
 
 #else
 
 constexpr bool kAddsOffset = true;
+INLINE IntVec widened(IntVec sum) { return sum; }
 typedef int16_t Shorts __attribute__((vector_size(kWidth * 8)));
 typedef uint8_t Bytes __attribute__((vector_size(kWidth * 4)));
 typedef signed char SignedBytes __attribute__((vector_size(kWidth * 4)));
@@ -140,9 +175,27 @@ INLINE IntVec dot_signed(IntVec sum, BitVec weights, IntVec x) { return dot_plai
 
 #endif
 
+// AVX2 has 16 registers, and compilers spend them on what can be had again: they keep every address and broadcast of a group
+// (of one part for the next), and add up products only when they have all of them. `forget` hides what a pointer was made
+// from; `hold` wants a sum to be there at once.
+#if defined(__AVX2__) && !defined(__AVX512F__)
+template <typename T>
+INLINE void forget(const T*& at) {
+    asm volatile("" : "+r"(at));
+}
+INLINE void hold(IntVec& sum) { asm("" : "+x"(sum)); }
+#else
+template <typename T>
+INLINE void forget(const T*&) {}
+INLINE void hold(IntVec&) {}
+#endif
+
 #if defined(__AVX512F__)
 constexpr int kMaxQuantRows = 6;
 constexpr int quant_blocks_for(int rows) { return rows == 1 ? 1 : 2; }  // 24 sums, weights and one input beside them
+#elif defined(__AVX2__)
+constexpr int kMaxQuantRows = 8;
+constexpr int quant_blocks_for(int) { return 1; }  // 8 sums of a group, weights and one input; sums of a row are in memory
 #else
 constexpr int kMaxQuantRows = 2;
 constexpr int quant_blocks_for(int) { return 1; }
@@ -172,76 +225,76 @@ INLINE void quant_tile(const QuantPacked& matrix, int block, const QuantRows& x,
         for (int r = 0; r < Rows; ++r)
             for (int p = 0; p < kParts; ++p) sums[b][r][p] = splat(0.0f);
     for (size_t g = 0; g < groups; ++g) {
-        IntVec whole[Blocks][Rows][kParts];
+        // one part after the other, so that its sums of a group stay in registers
+        for (int p = 0; p < kParts; ++p) {
+            const signed char* from[Rows];
+            IntVec whole[Blocks][Rows];
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-            IntVec start = splat_int(0);
-            if (Type == kInt8 && kAddsOffset) start = splat_int(offsets[r * groups + g]);
-            if (Type == kInt4Centred) start = splat_int(offsets[r * groups + g] >> 4);  // -8 times the sum
+            for (int r = 0; r < Rows; ++r) {
+                from[r] = codes + (r * groups + g) * kQuantGroup;
+                forget(from[r]);
+                const IntVec start = Type == kInt8 && kAddsOffset ? splat_int(offsets[r * groups + g]) : splat_int(0);
 #pragma GCC unroll 4
-            for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 4
-                for (int p = 0; p < kParts; ++p) whole[b][r][p] = start;
-        }
-#pragma GCC unroll 8
-        for (int unit = 0; unit < kUnits; ++unit) {
-            BitVec w[Blocks][kParts];
-#pragma GCC unroll 4
-            for (int b = 0; b < Blocks; ++b) {
-                const char* at = weights + b * block_bytes + (g * kUnits + unit) * 64;
-                __builtin_prefetch(at + Blocks * block_bytes, 0, 2);
-#pragma GCC unroll 4
-                for (int p = 0; p < kParts; ++p) w[b][p] = load_bits(at + p * kWidth * 4);
+                for (int b = 0; b < Blocks; ++b) whole[b][r] = start;
             }
-            if (Type == kInt8) {
 #pragma GCC unroll 8
-                for (int r = 0; r < Rows; ++r) {
-                    const IntVec input = four_codes(codes + (r * groups + g) * kQuantGroup + unit * 4);
+            for (int unit = 0; unit < kUnits; ++unit) {
+                BitVec w[Blocks];
 #pragma GCC unroll 4
-                    for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 4
-                        for (int p = 0; p < kParts; ++p) whole[b][r][p] = dot_signed(whole[b][r][p], w[b][p], input);
+                for (int b = 0; b < Blocks; ++b) {
+                    const char* at = weights + b * block_bytes + g * kUnits * 64;
+                    if (unit % kParts == 0) __builtin_prefetch(at + Blocks * block_bytes + (unit + p * kUnits) / kParts * 64, 0, 2);
+                    w[b] = load_bits(at + unit * 64 + p * kWidth * 4);
                 }
-            } else {
-                BitVec low[Blocks][kParts], high[Blocks][kParts];
+                if (Type == kInt8) {
+#pragma GCC unroll 8
+                    for (int r = 0; r < Rows; ++r) {
+                        const IntVec input = four_codes(from[r] + unit * 4);
 #pragma GCC unroll 4
-                for (int b = 0; b < Blocks; ++b)
+                        for (int b = 0; b < Blocks; ++b) {
+                            whole[b][r] = dot_signed(whole[b][r], w[b], input);
+                            hold(whole[b][r]);
+                        }
+                    }
+                } else {
+                    BitVec low[Blocks], high[Blocks];
 #pragma GCC unroll 4
-                    for (int p = 0; p < kParts; ++p) {
-                        low[b][p] = w[b][p] & 0x0f0f0f0fu;
-                        high[b][p] = w[b][p] >> 4 & 0x0f0f0f0fu;
+                    for (int b = 0; b < Blocks; ++b) {
+                        low[b] = w[b] & 0x0f0f0f0fu;
+                        high[b] = w[b] >> 4 & 0x0f0f0f0fu;
                     }
 #pragma GCC unroll 8
-                for (int r = 0; r < Rows; ++r) {
-                    const signed char* from = codes + (r * groups + g) * kQuantGroup + unit * 4;
-                    const IntVec input = four_codes(from), later = four_codes(from + 16);
+                    for (int r = 0; r < Rows; ++r) {
+                        const IntVec input = four_codes(from[r] + unit * 4), later = four_codes(from[r] + unit * 4 + 16);
 #pragma GCC unroll 4
-                    for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 4
-                        for (int p = 0; p < kParts; ++p)
-                            whole[b][r][p] = dot_plain(dot_plain(whole[b][r][p], low[b][p], input), high[b][p], later);
+                        for (int b = 0; b < Blocks; ++b) {
+                            whole[b][r] = dot_plain(dot_plain(whole[b][r], low[b], input), high[b], later);
+                            hold(whole[b][r]);
+                        }
+                    }
                 }
             }
-        }
-        Vec scale[Blocks][kParts], minimum[Blocks][kParts];
+            forget(x_scales);
+            forget(x_sums);
+            forget(offsets);
+            Vec scale[Blocks], minimum[Blocks];
 #pragma GCC unroll 4
-        for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 4
-            for (int p = 0; p < kParts; ++p) {
-                scale[b][p] = load_half(scales + (b * groups + g) * kLanes + p * kWidth);
-                if (Type == kInt4) minimum[b][p] = load_half(minimums + (b * groups + g) * kLanes + p * kWidth);
+            for (int b = 0; b < Blocks; ++b) {
+                scale[b] = load_half(scales + (b * groups + g) * kLanes + p * kWidth);
+                if (Type == kInt4) minimum[b] = load_half(minimums + (b * groups + g) * kLanes + p * kWidth);
             }
 #pragma GCC unroll 8
-        for (int r = 0; r < Rows; ++r) {
-            const Vec x_scale = splat(x_scales[r * groups + g]);
-            const Vec x_sum = Type == kInt4 ? splat(x_sums[r * groups + g]) : x_scale;
+            for (int r = 0; r < Rows; ++r) {
+                const Vec x_scale = splat(x_scales[r * groups + g]);
+                const Vec x_sum = Type == kInt4 ? splat(x_sums[r * groups + g]) : x_scale;
+                const IntVec eights = Type == kInt4Centred ? splat_int(offsets[r * groups + g] >> 4) : splat_int(0);  // -8 times the sum
 #pragma GCC unroll 4
-            for (int b = 0; b < Blocks; ++b)
-#pragma GCC unroll 4
-                for (int p = 0; p < kParts; ++p) {
-                    sums[b][r][p] = fma(to_floats(whole[b][r][p]), scale[b][p] * x_scale, sums[b][r][p]);
-                    if (Type == kInt4) sums[b][r][p] = fma(minimum[b][p], x_sum, sums[b][r][p]);
+                for (int b = 0; b < Blocks; ++b) {
+                    const IntVec total = Type == kInt8 ? whole[b][r] : widened(whole[b][r]) + eights;
+                    sums[b][r][p] = fma(to_floats(total), scale[b] * x_scale, sums[b][r][p]);
+                    if (Type == kInt4) sums[b][r][p] = fma(minimum[b], x_sum, sums[b][r][p]);
                 }
+            }
         }
     }
 }

@@ -139,13 +139,17 @@ INLINE uint16_t to_half(float x) {
 // `count` floats as float16.
 void to_halves(const float* x, uint16_t* y, int count) {
     int i = 0;
-#if defined(__AVX512F__)
-    for (; i + 16 <= count; i += 16) {
+#if defined(__AVX2__)
+    for (; i + kWidth <= count; i += kWidth) {
         Vec v = load(x + i);  // as above: finite numbers stay finite
         const Vec size = (Vec)((BitVec)v & 0x7fffffffu);
         const Vec most = (Vec)((BitVec)splat(65504.0f) | ((BitVec)v & 0x80000000u));
         v = (size > splat(65504.0f)) & (size < splat(INFINITY)) ? most : v;
+#if defined(__AVX512F__)
         _mm256_storeu_si256(reinterpret_cast<__m256i*>(y + i), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
+#else
+        _mm_storeu_si128(reinterpret_cast<__m128i*>(y + i), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#endif
     }
 #endif
     for (; i < count; ++i) y[i] = to_half(x[i]);

@@ -8,7 +8,7 @@ from tests.core.native.models import forced, runnable_kernels
 
 pytestmark = pytest.mark.skipif(not runnable_kernels(), reason="the native library was not built")
 
-SIZES = [(1, 1), (7, 3), (16, 16), (17, 33), (33, 64), (70, 129), (129, 96)]
+SIZES = [(1, 1), (7, 3), (16, 16), (17, 33), (33, 64), (70, 129), (129, 96), (40, 601)]
 ROWS = [1, 2, 3, 4, 5, 7, 8, 9, 15, 16, 17, 31, 63, 64, 65]
 
 
