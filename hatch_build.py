@@ -32,6 +32,7 @@ SOURCES: dict[str, tuple[str, ...]] = {
     "native.cpp": (),
     "bpe.cpp": (),
     "words.cpp": (),
+    "causal.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "isa_baseline.cpp": (),
     "isa_avx2.cpp": ("-mavx2", "-mfma", "-mf16c"),
     "isa_avxvnni.cpp": ("-mavx2", "-mfma", "-mf16c", "-mavxvnni"),

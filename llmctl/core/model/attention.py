@@ -11,6 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from llmctl.core.model import causal_native
 from llmctl.core.model.causal import causal_attention, suits
 
 
@@ -58,6 +59,8 @@ def attend(
     num_queries, num_keys = q.shape[2], k.shape[2]
     windowed = window is not None and window < num_keys
     if pattern.query_positions is None or (pattern.same_start == 0 and num_queries == num_keys):
+        if softcap is None and causal_native.suits(q, k, v):
+            return causal_native.native_attention(q, k, v, scale=scale, window=window if windowed else None)
         if softcap is None and suits(q, k, window if windowed else None):
             return causal_attention(q, k, v, scale=scale, window=window if windowed else None)
         if not windowed and softcap is None:
