@@ -5,12 +5,14 @@
 Each side is a process that stays: it builds a GPT-2 of the shape given, warms up, and then trains in blocks of a few
 seconds, in turn with the others, `--blocks` times. A side is its own project's training loop: `llmctl` the events of
 `llmctl pretrain`, with AdamW as the others have it; `muon` the same with llmctl's default optimizer; `trainer` the
-`Trainer` of transformers; `nanogpt` and `nanogpt-compiled` the loop of nanoGPT's train.py around its model; `litgpt` the
-loop of its pretrain around its model (`--litgpt` names a Python that has it). `peak` is a large matrix product, in turn too.
-CHECKOUT is a clone of github.com/karpathy/nanoGPT. Ids are random: the speed does not depend on them.
+`Trainer` of transformers, and `trainer-bf16` the same in bf16, whatever the others compute in; `nanogpt` and
+`nanogpt-compiled` the loop of nanoGPT's train.py around its model; `litgpt` the loop of its pretrain around its model
+(`--litgpt` names a Python that has it). `peak` is a large matrix product, in turn too. CHECKOUT is a clone of
+github.com/karpathy/nanoGPT. Ids are drawn by Zipf's law, so that the loss of every side falls at once as they learn it.
 
-Printed are medians of tokens a second and of the ratios of adjacent blocks to llmctl's, the share of the matmul peak, and
-the largest resident memory of each process.
+Printed are the losses of the first steps, which show that all sides train alike, medians of tokens a second and of the
+ratios of adjacent blocks to llmctl's, the share of the matmul peak, and the largest resident memory of each process. The
+file of `--out` is written anew after each block.
 """
 
 import argparse
@@ -25,7 +27,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-SIDES = ("llmctl", "muon", "trainer", "nanogpt", "nanogpt-compiled", "litgpt")
+_WARM_UP_STEPS = 5
+SIDES = ("llmctl", "muon", "trainer", "trainer-bf16", "nanogpt", "nanogpt-compiled", "litgpt")
 
 
 def main() -> None:
@@ -38,7 +41,7 @@ def main() -> None:
         workers = {name: _Worker(name, arguments, Path(folder)) for name in sides}
         for name, worker in workers.items():  # one after the other, so that none warms up in another's time
             print(f"{name} is ready after {worker.start():.0f} s", flush=True)
-        blocks: dict[str, list[dict[str, float]]] = {name: [] for name in sides}
+        blocks: dict[str, list[dict[str, Any]]] = {name: [] for name in sides}
         for number in range(arguments.blocks):
             for name, worker in workers.items():
                 blocks[name].append(worker.block())
@@ -47,17 +50,20 @@ def main() -> None:
                     f"block {number + 1}  {name:17} {done['per_second']:12,.0f} a second, {done['per_cpu_second']:12,.0f} a CPU second",
                     flush=True,
                 )
-        memory = {name: worker.end() for name, worker in workers.items()}
-    report(blocks, memory, arguments)
+            lines = report(blocks, arguments)
+        for worker in workers.values():
+            worker.end()
+    print("\n".join(lines))
 
 
-def report(blocks: dict[str, list[dict[str, float]]], memory: dict[str, int], arguments: argparse.Namespace) -> None:
-    """Print the table, and write it as JSON where that was asked for."""
+def report(blocks: dict[str, list[dict[str, Any]]], arguments: argparse.Namespace) -> list[str]:
+    """The table in Markdown, line by line; as JSON it goes where that was asked for."""
     speeds = {name: [block["per_second"] for block in found] for name, found in blocks.items()}
     peak = statistics.median(speeds.pop("peak"))
     flops = flops_per_token(arguments)
-    print(f"\n{_shape_words(arguments)}; {flops / 1e6:.1f} MFLOP a token; matmul peak {peak / 1e9:.0f} GFLOP/s")
-    print("| | tokens/s, median (range) | share of peak | llmctl is, median of pairs (range) | peak memory |\n|---|---|---|---|---|")
+    lines = [f"\n{_shape_words(arguments)}; {flops / 1e6:.1f} MFLOP a token; matmul peak {peak / 1e9:.0f} GFLOP/s", ""]
+    lines += ["| | tokens/s, median (range) | share of peak | llmctl is, median of pairs (range) | peak memory | first losses |"]
+    lines += ["|---|---|---|---|---|---|"]
     rows = {}
     for name, found in speeds.items():
         median = statistics.median(found)
@@ -68,15 +74,19 @@ def report(blocks: dict[str, list[dict[str, float]]], memory: dict[str, int], ar
             "tokens_per_cpu_second": [block["per_cpu_second"] for block in blocks[name]],
             "ratio_of_medians": statistics.median(speeds.get("llmctl", found)) / median,
             "ratios": ratios,
-            "peak_rss_bytes": memory[name],
+            "peak_rss_bytes": blocks[name][-1]["peak_rss_bytes"],
+            "losses": blocks[name][-1]["losses"],
         }
-        print(
+        losses = " ".join(f"{loss:.2f}" for loss in blocks[name][-1]["losses"])
+        lines.append(
             f"| {name} | {median:,.0f} ({min(found):,.0f} to {max(found):,.0f}) | {median * flops / peak:.0%}"
-            f" | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times | {memory[name] / 1e6:,.0f} MB |"
+            f" | {statistics.median(ratios):.2f} ({min(ratios):.2f} to {max(ratios):.2f}) times"
+            f" | {blocks[name][-1]['peak_rss_bytes'] / 1e6:,.0f} MB | {losses} |"
         )
     if arguments.out is not None:
         facts = {"shape": _shape_words(arguments), "flops_per_token": flops, "matmul_peak_flops": peak, "cpus": os.cpu_count()}
         arguments.out.write_text(json.dumps({**facts, "sides": rows}, indent=2) + "\n")
+    return lines
 
 
 def flops_per_token(shape: argparse.Namespace) -> float:
@@ -125,7 +135,12 @@ def _chosen(arguments: argparse.Namespace) -> list[str]:
         if unknown := set(chosen) - set(SIDES):
             raise SystemExit(f"--sides: {', '.join(sorted(unknown))} is none of {', '.join(SIDES)}")
         return list(chosen)
-    return ["llmctl", "muon", "trainer"] + ["nanogpt"] * (arguments.nanogpt is not None) + ["litgpt"] * (arguments.litgpt is not None)
+    return (
+        ["llmctl", "muon", "trainer"]
+        + ["trainer-bf16"] * (arguments.dtype != "bf16")
+        + ["nanogpt"] * (arguments.nanogpt is not None)
+        + ["litgpt"] * (arguments.litgpt is not None)
+    )
 
 
 class _Worker:
@@ -148,17 +163,15 @@ class _Worker:
         self._answer()
         return time.perf_counter() - started
 
-    def block(self) -> dict[str, float]:
+    def block(self) -> dict[str, Any]:
         """One block."""
         self._tell("go")
         return dict(self._answer())
 
-    def end(self) -> int:
-        """The largest resident memory, in bytes."""
+    def end(self) -> None:
+        """Wait for its end."""
         self._tell("end")
-        memory = int(self._answer()["peak_rss_bytes"])
         self._process.wait()
-        return memory
 
     def _tell(self, word: str) -> None:
         assert self._process.stdin is not None
@@ -177,9 +190,15 @@ class _Worker:
 class _Clock:
     """In a worker: counts steps, and waits at the end of each block to be told to go on."""
 
-    def __init__(self, per_step: float, block_s: float, *, warm_up: int = 3) -> None:
-        self._per_step, self._block_s, self._warm_up = per_step, block_s, warm_up
+    def __init__(self, per_step: float, block_s: float) -> None:
+        self._per_step, self._block_s, self._warm_up = per_step, block_s, _WARM_UP_STEPS
         self._started, self._started_cpu, self._steps = 0.0, 0.0, 0
+        self._losses: list[float] = []
+
+    def saw(self, loss: float) -> None:
+        """Call with the losses of the first steps, in their order."""
+        if len(self._losses) < _WARM_UP_STEPS:
+            self._losses.append(loss)
 
     def step(self) -> bool:
         """Call after each step; False when that was the last."""
@@ -196,14 +215,12 @@ class _Clock:
             return True
         done = self._steps * self._per_step
         block = {"per_second": done / elapsed, "per_cpu_second": done / (time.process_time() - self._started_cpu)}
-        print("@" + json.dumps(block), flush=True)
+        print("@" + json.dumps({**block, "peak_rss_bytes": _peak_rss_bytes(), "losses": self._losses}), flush=True)
         return self._wait()
 
     def _wait(self) -> bool:
         go_on = sys.stdin.readline().strip() == "go"
         self._started, self._started_cpu, self._steps = time.perf_counter(), time.process_time(), 0
-        if not go_on:
-            print("@" + json.dumps({"peak_rss_bytes": _peak_rss_bytes()}), flush=True)
         return go_on
 
 
@@ -223,7 +240,8 @@ def _work(name: str, shape: argparse.Namespace) -> None:
         "peak": _peak,
         "llmctl": lambda s, c: _llmctl(s, c, "adamw"),
         "muon": lambda s, c: _llmctl(s, c, "muon"),
-        "trainer": _trainer,
+        "trainer": lambda s, c: _trainer(s, c, bf16=s.dtype == "bf16"),
+        "trainer-bf16": lambda s, c: _trainer(s, c, bf16=True),
         "nanogpt": lambda s, c: _nanogpt(s, c, compiled=False),
         "nanogpt-compiled": lambda s, c: _nanogpt(s, c, compiled=True),
         "litgpt": _litgpt,
@@ -267,6 +285,8 @@ def _llmctl(shape: argparse.Namespace, clock: _Clock, optimizer: str) -> None:
         micro_batch_size=shape.batch,
         max_steps=1_000_000,
         optimizer=optimizer,
+        learning_rate=1e-3,
+        warmup_steps=0,
         dtype=shape.dtype,
         threads=shape.threads,
         device="cpu",
@@ -275,8 +295,10 @@ def _llmctl(shape: argparse.Namespace, clock: _Clock, optimizer: str) -> None:
         sample_every=0,
     )
     for event in train(config):
-        if isinstance(event, StepDone) and not clock.step():
-            return
+        if isinstance(event, StepDone):
+            clock.saw(event.loss)
+            if not clock.step():
+                return
 
 
 def _gpt2_config(shape: argparse.Namespace) -> dict[str, Any]:
@@ -301,7 +323,9 @@ def _gpt2_config(shape: argparse.Namespace) -> dict[str, Any]:
 def _random_ids(shape: argparse.Namespace) -> Any:
     import numpy as np
 
-    return np.random.default_rng(0).integers(0, shape.vocab, 2_000_000, dtype=np.uint16 if shape.vocab <= 1 << 16 else np.uint32)
+    shares = np.cumsum(1.0 / np.arange(1, shape.vocab + 1))
+    ids = np.searchsorted(shares, np.random.default_rng(0).random(2_000_000) * shares[-1], side="right")
+    return ids.astype(np.uint16 if shape.vocab <= 1 << 16 else np.uint32)
 
 
 def _pack(folder: Path, shape: argparse.Namespace) -> None:
@@ -329,7 +353,7 @@ def _pack(folder: Path, shape: argparse.Namespace) -> None:
     write_manifest(folder, extra={**facts, "tokenizer_fingerprint": tokenizer.fingerprint})
 
 
-def _trainer(shape: argparse.Namespace, clock: _Clock) -> None:
+def _trainer(shape: argparse.Namespace, clock: _Clock, *, bf16: bool) -> None:
     import torch
     import transformers
 
@@ -345,17 +369,24 @@ def _trainer(shape: argparse.Namespace, clock: _Clock) -> None:
 
     class Told(transformers.TrainerCallback):
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> Any:
+            control.should_log |= state.global_step <= _WARM_UP_STEPS
             control.should_training_stop = not clock.step()
             return control
+
+        def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **_: Any) -> None:
+            if "loss" in logs:
+                clock.saw(float(logs["loss"]))
 
     options = transformers.TrainingArguments(
         output_dir=str(shape.folder / "trainer"),
         use_cpu=True,
-        bf16=shape.dtype == "bf16",
+        bf16=bf16,
         per_device_train_batch_size=shape.batch,
         max_steps=1_000_000,
         learning_rate=1e-3,
         weight_decay=0.1,
+        adam_beta2=0.95,
+        lr_scheduler_type="constant",
         logging_steps=10,
         save_strategy="no",
         report_to="none",
@@ -385,7 +416,7 @@ def _nanogpt(shape: argparse.Namespace, clock: _Clock, *, compiled: bool) -> Non
         torch.nn.utils.clip_grad_norm_(raw.parameters(), 1.0)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
-        loss.item()
+        clock.saw(loss.item())
         if not clock.step():
             return
 
@@ -407,6 +438,7 @@ def _litgpt(shape: argparse.Namespace, clock: _Clock) -> None:
     import torch
     from litgpt.config import Config  # type: ignore[import-not-found]
     from litgpt.model import GPT  # type: ignore[import-not-found]
+    from litgpt.pretrain import initialize_weights  # type: ignore[import-not-found]
     from litgpt.utils import chunked_cross_entropy  # type: ignore[import-not-found]
 
     fabric = L.Fabric(devices=1, accelerator="cpu", precision="bf16-mixed" if shape.dtype == "bf16" else "32-true")
@@ -420,7 +452,10 @@ def _litgpt(shape: argparse.Namespace, clock: _Clock) -> None:
         rotary_percentage=0.25,
         parallel_residual=False,
     )
-    model = fabric.setup(GPT(config))
+    raw = GPT(config)
+    initialize_weights(fabric, raw, n_layer=shape.layers, n_embd=shape.width)
+    raw.lm_head.weight = raw.transformer.wte.weight  # as its pretrain does with --train.tie_embeddings
+    model = fabric.setup(raw)
     optimizer = fabric.setup_optimizers(torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.1, betas=(0.9, 0.95), fused=True))
     for tokens, targets in _windows(shape):
         loss = chunked_cross_entropy(model(tokens), targets)
@@ -428,7 +463,7 @@ def _litgpt(shape: argparse.Namespace, clock: _Clock) -> None:
         fabric.clip_gradients(model, optimizer, max_norm=1.0)
         optimizer.step()
         optimizer.zero_grad()
-        loss.item()
+        clock.saw(loss.item())
         if not clock.step():
             return
 
