@@ -33,7 +33,8 @@ The other peers, each in a VENV of its own; MODEL_DIRECTORY in bf16 (`llmctl exp
         --peer openvino int8 VENV/bin/python OV_INT8 --peer openvino-sdpa int8 VENV/bin/python OV_INT8
     pip install onnxruntime-genai onnx-ir torch transformers, then
         python -m onnxruntime_genai.models.builder -m none -i MODEL_DIRECTORY -o ORT_INT4 -p int4 -e cpu -c CACHE \\
-            --extra_options int4_accuracy_level=4
+            --extra_options int4_accuracy_level=4 [algo_config=rtn matmul_mixed_precision=last_matmul:int8 shared_embeddings=false]
+        which by itself has head and embeddings in 4 bits, and with what is in brackets the head in int8, as --quant int4 has
         --peer onnxruntime-genai int4 VENV/bin/python ORT_INT4
     pip install ctranslate2 torch transformers, then
         ct2-transformers-converter --model MODEL_DIRECTORY --output_dir CT2_INT8 --quantization int8
@@ -159,7 +160,10 @@ def contenders(arguments: argparse.Namespace, files: dict[str, Path]) -> list[Co
                 Contender(f"transformers {form}", "transformers", sys.executable, arguments.model, form, name)
                 for form in arguments.transformers
             ]
-        found += [Contender(f"{peer[0]} {name}", peer[0], peer[2], peer[3], name, name) for peer in arguments.peer if peer[1] == name]
+        peers = [peer for peer in arguments.peer if peer[1] == name]
+        for engine, _, python, model in peers:
+            twice = [peer[0] for peer in peers].count(engine) > 1
+            found.append(Contender(f"{engine} {name}" + f", {Path(model).name}" * twice, engine, python, model, name, name))
     return found
 
 
@@ -259,7 +263,8 @@ def main() -> None:
     parser.add_argument("--folder", type=Path, default=Path("benchmark-models"), help="where GGUF files are made and kept")
     for name, default in (("threads", 2), ("rounds", 6), ("prompt", 512), ("context", 128), ("tokens", 128), ("prompts", 64)):
         parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--slow-s", type=float, default=8.0, help="what takes longer than this many seconds skips rounds")
+    parser.add_argument("--minutes", type=float, default=60.0, help="begin no round that would end later; a second start goes on")
+    parser.add_argument("--slow-s", type=float, default=4.0, help="what takes longer than this many seconds skips rounds")
     parser.add_argument("--records", type=Path, help="JSON lines: each measurement as it is made; what a second start goes on from")
     parser.add_argument("--markdown", type=Path, help="the tables, written anew after each round")
     arguments = parser.parse_args()
@@ -278,7 +283,7 @@ def main() -> None:
             lengths, few, lambda a: (sum(lengths) + few * len(lengths)) / (a["prompt_s"] + a["decode_s"]), SEVERAL
         ),
     }
-    skipped = {"rounds", "records", "markdown"}
+    skipped = {"rounds", "minutes", "records", "markdown"}
     rounds = Rounds(arguments.records, {key: value for key, value in vars(arguments).items() if key not in skipped})
     workers: dict[Contender, Worker] = {}
     bandwidth = Worker(Contender("bandwidth", "bandwidth", sys.executable, "-", "-"), arguments.threads)
@@ -288,8 +293,11 @@ def main() -> None:
                 first_token(cold_commands(who, arguments, TEXT)[1], TEXT)  # packs the weights into the cache, which needs more memory
             workers[who] = Worker(who, arguments.threads)
             workers[who].ask(prompts=[list(range(100, 100 + context))], num_new=4)  # the first call pays for what is made once
-        while rounds.done < arguments.rounds:
+        end_s, round_s = time.monotonic() + 60 * arguments.minutes, 0.0
+        while rounds.done < arguments.rounds and time.monotonic() + round_s < end_s:
+            start_s = time.monotonic()
             one_round(rounds, workers, bandwidth, tasks, arguments)
+            round_s = time.monotonic() - start_s
             if arguments.markdown:
                 arguments.markdown.write_text(report(rounds, everyone, list(tasks), arguments))
     finally:
