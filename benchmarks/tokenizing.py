@@ -11,6 +11,7 @@ a process of its own; memory is the largest sum over the process and its childre
 
 import argparse
 import hashlib
+import importlib.util
 import json
 import os
 import statistics
@@ -159,6 +160,9 @@ def measurements(arguments: argparse.Namespace, inputs: dict[str, Path]) -> Iter
     for kind, path in inputs.items():
         yield f"llmctl tokenize pack ({kind})", lambda path=path: pack(path, folder, "auto")
     for name in ("tokenizers", "tiktoken", "gigatoken"):
+        if importlib.util.find_spec(name) is None:
+            print(f"{name} is not installed: left out", flush=True)
+            continue
         yield name, lambda name=name: of_peer(name, arguments.peer_bytes if name in SLOW else None)
     if arguments.train_bytes:
         for name in ("train", "train by tokenizers"):
