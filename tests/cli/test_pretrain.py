@@ -155,7 +155,7 @@ def test_a_run_that_is_there_already(packed: Path, tmp_path: Path, capfd: pytest
 
 
 def test_killed_at_random_times_and_resumed_it_equals_an_unbroken_run(packed: Path, tmp_path: Path) -> None:
-    _kill_and_compare(packed, tmp_path, kills=4, steps=120)
+    _kill_and_compare(packed, tmp_path, kills=2, steps=80)
 
 
 @pytest.mark.slow
