@@ -76,7 +76,8 @@ def write_model(
             data = np.ascontiguousarray(_as_converted(raw[name][0], name, config))
         else:
             array = _as_converted(tensor.numpy(), name, config)
-            kind = gguf.GGMLQuantizationType[dtype if array.ndim == 2 else "F32"]
+            is_router = name.endswith("mlp.gate.weight")
+            kind = gguf.GGMLQuantizationType[dtype if array.ndim >= 2 and not is_router else "F32"]
             data = gguf.quants.quantize(np.ascontiguousarray(array, dtype=np.float32), kind)
         theirs = names.get_name(name, try_suffixes=(".weight", ".bias"))
         assert theirs is not None, name
@@ -102,6 +103,27 @@ def blocky_model(*, width: int = 64) -> transformers.LlamaForCausalLM:
     )
     torch.manual_seed(0)
     return transformers.LlamaForCausalLM(config).eval()
+
+
+def blocky_experts() -> transformers.Qwen3MoeForCausalLM:
+    """A mixture of experts whose rows are whole blocks of 32."""
+    config = transformers.Qwen3MoeConfig(
+        vocab_size=97,
+        hidden_size=64,
+        intermediate_size=64,
+        moe_intermediate_size=96,
+        num_experts=6,
+        num_experts_per_tok=2,
+        norm_topk_prob=True,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=16,
+        max_position_embeddings=64,
+        initializer_range=0.2,
+    )
+    torch.manual_seed(0)
+    return transformers.Qwen3MoeForCausalLM(config).eval()
 
 
 def _write_keys(writer: Any, config: Any) -> None:

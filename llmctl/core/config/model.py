@@ -151,6 +151,13 @@ class ModelConfig:
         """Rotated dimensions of each head."""
         return self.head_dim if self.rotary_dim is None else self.rotary_dim
 
+    @property
+    def longest_short_text(self) -> int | None:
+        """The longest text that "longrope" turns by its short factors, in tokens; None where all texts are turned alike."""
+        if self.positions != "rope" or self.rope_scaling is None or self.rope_scaling.kind != "longrope":
+            return None
+        return int(self.rope_scaling.parameters["original_max_position_embeddings"])
+
     def window(self, layer: int) -> int | None:
         """Sliding-window length of a layer; None means full attention."""
         return None if self.windows is None else self.windows[layer]

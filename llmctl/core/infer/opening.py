@@ -133,8 +133,8 @@ def _open_native(
 ) -> OpenedModel:
     from llmctl.core.infer import weightcache
     from llmctl.core.infer.source import open_source
-    from llmctl.core.model.facts import num_parameters
-    from llmctl.core.model.frequencies import all_angles
+    from llmctl.core.model.facts import layer_matmul_parameters
+    from llmctl.core.model.frequencies import angle_tables
     from llmctl.core.native.executor import NativeExecutor
     from llmctl.core.native.packed import pack_model
 
@@ -143,7 +143,7 @@ def _open_native(
     held = _held(source, dtype=dtype, quant=quant)
     if threads is None:
         number_bytes = {"int8": 1.0, "int4": 0.6}[layout] if layout is not None else 2 if held == "bfloat16" else 4
-        layer_bytes = int(num_parameters(config).non_embedding // config.num_layers * number_bytes)
+        layer_bytes = int(sum(layer_matmul_parameters(config)) // config.num_layers * number_bytes)
         threads = max(1, min(available_threads(), layer_bytes // 4 // _BYTES_A_THREAD))  # a layer has about four products
     key = cache_key(source, held=held, quant=quant)
     packed = weightcache.load(key, config) if key is not None else None
@@ -155,7 +155,7 @@ def _open_native(
     executor = NativeExecutor(
         config,
         packed,
-        angles=(lambda num_positions: all_angles(config, num_positions)) if config.positions == "rope" else None,
+        angles=(lambda num_positions: angle_tables(config, num_positions)) if config.positions == "rope" else None,
         num_threads=threads,
         cache_dtype=kv_dtype,
     )
@@ -169,11 +169,22 @@ def _open_native(
         config=config,
         eos_ids=source.eos_ids,
         generation=source.generation,
-        token_cost=_CPU_TOKEN_COST,
+        token_cost=_CPU_TOKEN_COST + _experts_share(config),
         cache_token_bytes=cache_token_bytes(config, executor.cache_dtype),
         device="cpu",
         description=f"{source.family}, {number_format} on cpu, native ({how})",
     )
+
+
+def _experts_share(config: ModelConfig) -> float:
+    """The share of a token's weights that another token reads anew, since it goes to other experts."""
+    from llmctl.core.model.facts import layer_matmul_parameters
+
+    if config.experts is None:
+        return 0.0
+    elsewhere, used = layer_matmul_parameters(config)
+    idle = 1 - config.experts.num_active / config.experts.num_experts
+    return used * idle / (elsewhere + used + config.vocab_size * config.hidden_size)
 
 
 def _held(source: "Source", *, dtype: str | None, quant: str | None) -> "HeldDtype":
@@ -248,7 +259,7 @@ def _open_torch(
         config=loaded.config,
         eos_ids=loaded.eos_ids,
         generation=loaded.generation,
-        token_cost=_CPU_TOKEN_COST if chosen.type == "cpu" else _GPU_TOKEN_COST,
+        token_cost=(_CPU_TOKEN_COST if chosen.type == "cpu" else _GPU_TOKEN_COST) + _experts_share(loaded.config),
         cache_token_bytes=cache_token_bytes(loaded.config, str(loaded.model.dtype).removeprefix("torch.")),
         device=str(chosen),
         description=f"{loaded.family}, {loaded.number_format} on {chosen}, torch ({why})",

@@ -82,14 +82,19 @@ def num_parameters(config: ModelConfig) -> ParameterCount:
     return ParameterCount(total, embedding, total - embedding)
 
 
-def matmul_parameters(config: ModelConfig) -> int:
-    """Numbers that one token is multiplied with: matrices, of experts those in use, and the head; no embedding look-up."""
+def layer_matmul_parameters(config: ModelConfig) -> tuple[int, int]:
+    """Numbers of the layers' matrices that one token is multiplied with: outside of experts, and of the experts in use."""
     count = {True: 0, False: 0}  # in experts, elsewhere
     for name, shape in tensor_shapes(config).items():
         if name.startswith("layers.") and len(shape) == 2:
             count[".experts." in name] += math.prod(shape)
     used = 0 if config.experts is None else count[True] // config.experts.num_experts * config.experts.num_active
-    return count[False] + used + config.vocab_size * config.hidden_size
+    return count[False], used
+
+
+def matmul_parameters(config: ModelConfig) -> int:
+    """Numbers that one token is multiplied with: matrices, of experts those in use, and the head; no embedding look-up."""
+    return sum(layer_matmul_parameters(config)) + config.vocab_size * config.hidden_size
 
 
 def flops_per_token(config: ModelConfig, seq_len: int, *, num_adapted: int | None = None) -> float:

@@ -49,21 +49,29 @@ def frequencies_from_powers(config: ModelConfig, powers: Floats, *, num_position
     raise InputError(f"rope scaling of kind {kind!r} is not known; the kinds are {', '.join(KINDS)}")
 
 
-def angles(config: ModelConfig, num_positions: int) -> tuple[Floats, Floats]:
-    """Cosines and sines of the positions 0 to num_positions - 1, (num_positions, R/2) each, for texts within the context."""
+def angles(config: ModelConfig, num_positions: int, *, text_length: int | None = None) -> tuple[Floats, Floats]:
+    """Cosines and sines of the positions 0 to num_positions - 1, (num_positions, R/2) each, for texts within the context.
+
+    `text_length` is that of the text, which "longrope" looks at.
+    """
     exponents = np.arange(0, config.rotary_size, 2, dtype=np.float32) / np.float32(config.rotary_size)
     powers = (np.float64(rope_base(config)) ** exponents.astype(np.float64)).astype(np.float32)
-    frequencies, factor = frequencies_from_powers(config, powers)
+    frequencies, factor = frequencies_from_powers(config, powers, num_positions=text_length)
     turned = np.arange(num_positions, dtype=np.float32)[:, None] * frequencies
     return np.cos(turned) * np.float32(factor), np.sin(turned) * np.float32(factor)
 
 
-def all_angles(config: ModelConfig, num_positions: int) -> tuple[Floats, ...]:
-    """`angles`, and after them those of the layers with a window where these turn by a base of their own."""
-    tables = angles(config, num_positions)
-    if config.local_rope_theta is None:
-        return tables
-    return tables + angles(dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None), num_positions)
+def angle_tables(config: ModelConfig, num_positions: int) -> dict[str, Floats]:
+    """All `angles` of a model: "cosines" and "sines", "local_" ones of the layers with a window where these turn by a base of
+    their own, and "long_" ones of texts beyond the short ones."""
+    short = config.longest_short_text
+    kinds = {"": angles(config, num_positions)}
+    if config.local_rope_theta is not None:
+        local = dataclasses.replace(config, rope_theta=config.local_rope_theta, rope_scaling=None)
+        kinds["local_"] = angles(local, num_positions)
+    if short is not None and num_positions > short:
+        kinds["long_"] = angles(config, num_positions, text_length=short + 1)
+    return {f"{kind}{name}": table for kind, pair in kinds.items() for name, table in zip(("cosines", "sines"), pair, strict=True)}
 
 
 def _llama3(frequencies: Floats, parameters: dict[str, Any]) -> Floats:

@@ -26,10 +26,9 @@ def inverse_frequencies(config: ModelConfig, *, num_positions: int | None = None
 
 def _unstretched(config: ModelConfig) -> int | None:
     """The longest text whose angles are those of the table; None where the length of a text does not count."""
-    scaling = config.rope_scaling
-    if scaling is None or scaling.kind not in ("dynamic", "longrope"):
-        return None
-    return config.max_positions if scaling.kind == "dynamic" else int(scaling.parameters["original_max_position_embeddings"])
+    if config.rope_scaling is not None and config.rope_scaling.kind == "dynamic":
+        return config.max_positions
+    return config.longest_short_text
 
 
 class Rope:

@@ -3,7 +3,8 @@
 // Keys are taken in blocks of 256 that begin at multiples of 256, and each block's softmax stands alone before it is merged
 // into those before it (as in FlashAttention, arXiv:2205.14135, and Flash-Decoding). So memory does not grow with the text,
 // and a query's numbers depend on its own position only: not on the queries beside it nor on who computed which block.
-// Several queries of a prompt go together, since keys and values that were loaded once then serve them all.
+// Several queries of a prompt go together, since keys and values that were loaded once then serve them all. A few queries over
+// many keys go block by block, each to any thread, and are merged when all are there, in the same order: the same bits.
 
 namespace llmctl {
 namespace {
@@ -29,6 +30,12 @@ float to_codes(const float* x, signed char* codes, int count) {
     for (int i = 0; i < count; ++i) codes[i] = static_cast<signed char>(as_bits(x[i] * steps + 12582912.0f) - 0x4b400000u);
     return size / 127.0f;
 }
+
+// What each block of keys adds, for each token and head: padded sums of values, the largest score, the sum of exponentials.
+struct Partials {
+    float* numbers;
+    size_t blocks;  // that there is room for, of a token and head
+};
 
 class Attention {
    public:
@@ -58,9 +65,57 @@ class Attention {
     // than kMaxTileRows tokens times heads.
     void attend(Run run, int kv_head, int first_head, int last_head, const float* queries, size_t query_stride, float* out, size_t out_stride,
                 float* area) const {
+        const Job job = prepared(run, kv_head, first_head, last_head, queries, query_stride, area);
+        const int64_t last_block = block_of(step_.positions[run.last - 1]);
+        for (int64_t block = first_block(run.first); block <= last_block; ++block)
+            add_block(job, block, [&](size_t row, int t, const float* sums, float largest, float sum) {
+                merge(job.running + row * padded_size_, job.largest + row, job.totals + row, sums, largest, sum, block == first_block(t));
+            });
+        for (int row = 0; row < job.num_rows(); ++row) {
+            const size_t token = run.first + row / job.heads, head = first_head + row % job.heads;
+            finish(job.running + row * padded_size_, job.totals[row], out + token * out_stride + head * size_);
+        }
+    }
+
+    // What the keys of one block add to these queries, for `merge_partials`.
+    void attend_block(Run run, int kv_head, int first_head, int last_head, int64_t block, const float* queries, size_t query_stride,
+                      const Partials& partials, float* area) const {
+        const Job job = prepared(run, kv_head, first_head, last_head, queries, query_stride, area);
+        add_block(job, block, [&](size_t row, int t, const float* sums, float largest, float sum) {
+            float* to = partial(partials, t, first_head + static_cast<int>(row) % job.heads, block);
+            memcpy(to, sums, sizeof(float) * padded_size_);
+            to[padded_size_] = largest;
+            to[padded_size_ + 1] = sum;
+        });
+    }
+
+    // One head of token t from what `attend_block` gave for each block that it sees.
+    void merge_partials(int t, int head, const Partials& partials, float* out, size_t out_stride, float* area) const {
+        float largest, total;
+        for (int64_t block = first_block(t); block <= block_of(step_.positions[t]); ++block) {
+            const float* from = partial(partials, t, head, block);
+            merge(area, &largest, &total, from, from[padded_size_], from[padded_size_ + 1], block == first_block(t));
+        }
+        finish(area, total, out + t * out_stride + static_cast<size_t>(head) * size_);
+    }
+
+    // The blocks of keys that token t sees: the first, and how many.
+    int64_t first_block(int t) const { return block_of(first_key(t)); }
+    int64_t num_key_blocks(int t) const { return block_of(step_.positions[t]) - first_block(t) + 1; }
+
+   private:
+    struct Job {
+        Run run;
+        int kv_head, heads;
+        float *queries, *scores, *block_sums, *running, *largest, *totals;  // one row a token and head
+
+        int num_rows() const { return (run.last - run.first) * heads; }
+    };
+
+    // The queries side by side, and where their numbers go, in a thread's area.
+    Job prepared(Run run, int kv_head, int first_head, int last_head, const float* queries, size_t query_stride, float* area) const {
         Job job{run, kv_head, last_head - first_head, area, nullptr, nullptr, nullptr, nullptr, nullptr};
-        const size_t rows = static_cast<size_t>(run.last - run.first) * job.heads;
-        job.queries = area;
+        const size_t rows = static_cast<size_t>(job.num_rows());
         job.scores = job.queries + rows * padded_size_;
         job.block_sums = job.scores + rows * kKeyBlock;
         job.running = job.block_sums + rows * padded_size_;
@@ -70,29 +125,20 @@ class Attention {
             const size_t token = run.first + row / job.heads, head = first_head + row % job.heads;
             memcpy(job.queries + row * padded_size_, queries + token * query_stride + head * size_, sizeof(float) * size_);
         }
-        const int64_t last_block = step_.positions[run.last - 1] / kKeyBlock;
-        for (int64_t block = first_key(run.first) / kKeyBlock; block <= last_block; ++block) {
-            if (model_.cache_kind == kFloat32)
-                add_block<kFloat32>(job, block * kKeyBlock);
-            else if (model_.cache_kind == kFloat16)
-                add_block<kFloat16>(job, block * kKeyBlock);
-            else
-                add_block<kInt8>(job, block * kKeyBlock);
-        }
-        for (size_t row = 0; row < rows; ++row) {
-            float* to = out + (run.first + row / job.heads) * out_stride + (first_head + row % job.heads) * size_;
-            const float* from = job.running + row * padded_size_;
-            const float inverse = 1.0f / job.totals[row];
-            for (int d = 0; d < size_; ++d) to[d] = from[d] * inverse;
-        }
+        return job;
     }
 
-   private:
-    struct Job {
-        Run run;
-        int kv_head, heads;
-        float *queries, *scores, *block_sums, *running, *largest, *totals;  // one row a token and head
-    };
+    float* partial(const Partials& partials, int t, int head, int64_t block) const {
+        const size_t row = static_cast<size_t>(t) * model_.num_heads + head;
+        return partials.numbers + (row * partials.blocks + static_cast<size_t>(block - first_block(t))) * partial_floats(model_);
+    }
+
+    void finish(const float* running, float total, float* out) const {
+        const float inverse = 1.0f / total;
+        for (int d = 0; d < size_; ++d) out[d] = running[d] * inverse;
+    }
+
+    static int64_t block_of(int64_t position) { return position / kKeyBlock; }
 
     size_t capacity() const { return static_cast<size_t>(model_.cache_capacity); }
 
@@ -119,9 +165,20 @@ class Attention {
         }
     }
 
-    // The keys begin <= k < begin + 256, as far as the queries see them, added to what is there of the keys before.
-    template <int Type>
-    void add_block(const Job& job, int64_t begin) const {
+    template <typename Take>
+    void add_block(const Job& job, int64_t block, Take take) const {
+        if (model_.cache_kind == kFloat32)
+            add_keys<kFloat32>(job, block * kKeyBlock, take);
+        else if (model_.cache_kind == kFloat16)
+            add_keys<kFloat16>(job, block * kKeyBlock, take);
+        else
+            add_keys<kInt8>(job, block * kKeyBlock, take);
+    }
+
+    // The keys begin <= k < begin + 256, as far as the queries see them: take(row, token, sums of values, largest score, sum of
+    // exponentials) for each row that sees any.
+    template <int Type, typename Take>
+    void add_keys(const Job& job, int64_t begin, Take take) const {
         const auto low = [&](int t) { return first_key(t) > begin ? first_key(t) : begin; };
         const auto high = [&](int t) { return step_.positions[t] + 1 < begin + kKeyBlock ? step_.positions[t] + 1 : begin + kKeyBlock; };
         Run run = job.run;  // those tokens that see any of these keys
@@ -171,12 +228,8 @@ class Attention {
         for (int t = run.first; t < run.last; ++t)
             add_values(end > low(t) ? end : low(t), high(t), (t - run.first) * job.heads, job.heads);
 
-        for (int r = 0; r < rows; ++r) {
-            const size_t row = first_row + r;
-            const bool is_first = first_key(run.first + r / job.heads) >= begin;
-            merge(job.running + row * padded_size_, job.largest + row, job.totals + row, block_sums + r * padded_size_, largest[r], sums[r],
-                  is_first);
-        }
+        for (int r = 0; r < rows; ++r)
+            take(first_row + r, run.first + r / job.heads, block_sums + r * padded_size_, largest[r], sums[r]);
     }
 
     void merge(float* running, float* running_largest, float* total, const float* block_sums, float largest, float sum, bool is_first) const {

@@ -7,34 +7,31 @@ Legend: B rows of a call, T tokens a row, S slots, Hkv key-value heads, D head s
 
 import ctypes
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.native.cache import CACHE_KINDS, Cache, CacheDtype
-from llmctl.core.native.library import LANES, Layer, Matrix, Model, Session, Step
+from llmctl.core.native.library import LANES, Layer, Mlp, Model, Session, Step
 from llmctl.core.native.packed import PackedModel
 
 _ACTIVATIONS = {"silu": 0, "gelu": 1, "gelu_tanh": 2, "relu": 3}
 _MAX_SIZE = 1 << 30
 _MAX_HEAD_SIZE = 1024
 
-Angles = Callable[[int], tuple[NDArray[np.float32], ...]]
-"""Number of positions -> cosines and sines, (positions, R / 2) each, and those of the layers that turn by another base, if any do."""
+Angles = Callable[[int], dict[str, NDArray[np.float32]]]
+"""Number of positions -> the tables of cosines and sines, (positions, R / 2) each, under the names of native.h's Step."""
 
 
 def supports(config: ModelConfig) -> str | None:
     """Why the library cannot run a model, or None when it can."""
-    for present, what in (
-        (config.activation not in _ACTIVATIONS, f"the activation {config.activation}"),
-        (config.experts is not None, "a mixture of experts"),
-        (config.rope_scaling is not None and config.rope_scaling.kind == "longrope", "longrope scaling"),
-    ):
-        if present:
-            return f"{what} is not in the native library"
-    sizes = (config.vocab_size, config.hidden_size, config.mlp_size, config.query_size + 2 * config.kv_size, config.max_positions)
-    if max(sizes) > _MAX_SIZE:
+    if config.activation not in _ACTIVATIONS:
+        return f"the activation {config.activation} is not in the native library"
+    expert_size = 0 if config.experts is None else config.experts.mlp_size
+    projected = config.query_size + 2 * config.kv_size
+    if max(config.vocab_size, config.hidden_size, config.mlp_size, expert_size, projected, config.max_positions) > _MAX_SIZE:
         return "the model is too large for the native library"
     if config.head_dim > _MAX_HEAD_SIZE:
         return f"heads of {config.head_dim} are too large for the native library"
@@ -63,10 +60,12 @@ class NativeExecutor:
         self.config = config
         self._session = Session(num_threads)
         self._angles = angles
-        self._angle_tables: tuple[NDArray[np.float32], ...] = ()
+        self._angle_tables: dict[str, NDArray[np.float32]] = {}
+        self._longest_short_text = config.longest_short_text
         self._weights = weights  # what the structs point to
         if cache_dtype is None:
             cache_dtype = "float16" if weights.is_narrow else "float32"
+        self._experts: list[Any] = []
         self._layers = (Layer * config.num_layers)(*(self._layer(i) for i in range(config.num_layers)))
         self._cache = Cache(dtype=cache_dtype, num_layers=config.num_layers, num_heads=config.num_kv_heads, head_dim=config.head_dim)
         self._model = self._whole()
@@ -144,10 +143,11 @@ class NativeExecutor:
             logits=logits.ctypes.data,
         )
         if self._angles is not None:
-            tables = self._angles_up_to(int(flat_positions.max()) + 1)
-            step.cosines, step.sines = (table.ctypes.data for table in tables[:2])
-            if len(tables) > 2:
-                step.local_cosines, step.local_sines = (table.ctypes.data for table in tables[2:])
+            for name, table in self._angles_up_to(int(flat_positions.max()) + 1).items():
+                setattr(step, name, table.ctypes.data)
+        if self._longest_short_text is not None:  # as on torch, a text's length in this call decides for all its tokens in it
+            is_long = np.repeat(positions + counts > self._longest_short_text, counts).astype(np.uint8)
+            step.is_long = is_long.ctypes.data
         self._session.step(self._model, step)
         if not all_logits:
             return logits
@@ -174,12 +174,13 @@ class NativeExecutor:
         if self._model.positions and longest > self.max_positions:
             raise ValueError(f"position {longest - 1} is beyond the {self.max_positions} that the model has")
 
-    def _angles_up_to(self, num_positions: int) -> tuple[NDArray[np.float32], ...]:
+    def _angles_up_to(self, num_positions: int) -> dict[str, NDArray[np.float32]]:
         tables = self._angle_tables
-        if not tables or len(tables[0]) < num_positions:
+        if not tables or len(tables["cosines"]) < num_positions:
             assert self._angles is not None
             rounded = 1 << max(8, (num_positions - 1).bit_length())
-            tables = self._angle_tables = tuple(np.ascontiguousarray(table, np.float32) for table in self._angles(rounded))
+            found = self._angles(rounded)
+            tables = self._angle_tables = {name: np.ascontiguousarray(table, np.float32) for name, table in found.items()}
         return tables
 
     def _whole(self) -> Model:
@@ -203,6 +204,10 @@ class NativeExecutor:
             cache_kind=CACHE_KINDS[self._cache.dtype],
             parallel_residual=config.parallel_residual,
             whole_qk_norm=config.qk_norm_whole,
+            num_experts=0 if config.experts is None else config.experts.num_experts,
+            num_active_experts=0 if config.experts is None else config.experts.num_active,
+            expert_size=0 if config.experts is None else config.experts.mlp_size,
+            normalised_experts=config.experts is not None and config.experts.normalised,
             norm_eps=config.norm_eps,
             attention_scale=config.head_dim**-0.5 if config.attention_scale is None else config.attention_scale,
             attention_softcap=config.attention_softcap or 0.0,
@@ -219,18 +224,30 @@ class NativeExecutor:
         )
 
     def _layer(self, index: int) -> Layer:
-        config, matrices = self.config, self._weights.matrices
+        config, matrices, name = self.config, self._weights.matrices, f"layers.{index}"
         norms = [f"{place}{kind}" for place in ("attn", "mlp") for kind in ("_norm", "_post_norm")]
         names = (*norms, *(f"{name}_bias" for name in norms), "q_norm", "k_norm")
         rotates = config.positions == "rope" and (config.rope_layers is None or config.rope_layers[index])
         is_local = config.local_rope_theta is not None and config.window(index) is not None
-        return Layer(
-            **{name: matrices[f"layers.{index}.{name}"].struct() for name in ("qkv", "out", "up", "down")},
-            gate=matrices[f"layers.{index}.gate"].struct() if config.gated_mlp else Matrix(),
-            **{name: self._vector(f"layers.{index}.{name}") for name in names},
+        layer = Layer(
+            qkv=matrices[f"{name}.qkv"].struct(),
+            out=matrices[f"{name}.out"].struct(),
+            **{part: self._vector(f"{name}.{part}") for part in names},
             window=config.window(index) or 0,
             rotates=(2 if is_local else 1) if rotates else 0,
         )
+        if config.experts is not None and config.routes(index):
+            count = config.experts.num_experts
+            experts = (Mlp * count)(*(self._mlp(f"{name}.experts.{expert}") for expert in range(count)))
+            self._experts.append(experts)
+            layer.router, layer.experts = matrices[f"{name}.router"].struct(), ctypes.cast(experts, ctypes.POINTER(Mlp))
+        else:
+            layer.mlp = self._mlp(name)
+        return layer
+
+    def _mlp(self, name: str) -> Mlp:
+        parts = ("gate", "up", "down") if self.config.gated_mlp else ("up", "down")
+        return Mlp(**{part: self._weights.matrices[f"{name}.{part}"].struct() for part in parts})
 
     def _vector(self, name: str) -> int | None:
         """The address of a vector, None where the model has none."""

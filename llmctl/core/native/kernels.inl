@@ -5,6 +5,7 @@
 #include "products.inl"
 #include "quantised.inl"
 #include "rows.inl"
+#include "routing.inl"
 
 #include "attention.inl"
 #include "step.inl"

@@ -30,7 +30,7 @@ KERNEL_NAMES = ("avx512bf16", "avx512", "avxvnni", "avx2", "baseline")
 """The best first; "avxvnni" is AVX2 with AVX-VNNI."""
 LIBRARY_PATH = Path(__file__).with_name("_native.so")
 
-ABI = 4
+ABI = 5
 """Raised with every change to a struct, a packed layout or a function."""
 
 
@@ -53,11 +53,20 @@ class Matrix(ctypes.Structure):
     ]
 
 
+class Mlp(ctypes.Structure):
+    """native.h's Mlp."""
+
+    _fields_ = [(name, Matrix) for name in ("gate", "up", "down")]
+
+
 class Layer(ctypes.Structure):
     """native.h's Layer."""
 
     _fields_ = [
-        *((name, Matrix) for name in ("qkv", "out", "gate", "up", "down")),
+        *((name, Matrix) for name in ("qkv", "out")),
+        ("mlp", Mlp),
+        ("router", Matrix),
+        ("experts", POINTER(Mlp)),
         *((name, c_void_p) for name in ("attn_norm", "attn_norm_bias", "mlp_norm", "mlp_norm_bias", "q_norm", "k_norm")),
         *((name, c_void_p) for name in ("attn_post_norm", "attn_post_norm_bias", "mlp_post_norm", "mlp_post_norm_bias")),
         *((name, c_void_p) for name in ("keys", "values", "key_scales", "value_scales")),
@@ -75,6 +84,7 @@ class Model(ctypes.Structure):
             for name in (
                 *("vocab_size", "hidden_size", "num_layers", "num_heads", "num_kv_heads", "head_dim", "mlp_size", "rotary_size"),
                 *("activation", "gated_mlp", "layer_norm", "cache_kind", "parallel_residual", "whole_qk_norm"),
+                *("num_experts", "num_active_experts", "expert_size", "normalised_experts"),
             )
         ),
         *(
@@ -98,7 +108,7 @@ class Step(ctypes.Structure):
     _fields_ = [
         ("num_tokens", c_int64),
         *((name, c_void_p) for name in ("tokens", "positions", "slots", "wants_logits", "local_cosines", "local_sines")),
-        *((name, c_void_p) for name in ("cosines", "sines", "logits")),
+        *((name, c_void_p) for name in ("cosines", "sines", "long_cosines", "long_sines", "is_long", "logits")),
     ]
 
 

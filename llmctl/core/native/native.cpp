@@ -104,7 +104,7 @@ struct ChunkJob {
 
 size_t whole_groups(int64_t count) { return static_cast<size_t>((count + kQuantGroup - 1) / kQuantGroup * kQuantGroup); }
 
-Scratch lay_out(Session& session, const Model& model, int64_t num_tokens) {
+Scratch lay_out(Session& session, const Model& model, int64_t num_tokens, int64_t longest) {
     const int num_threads = session.pool.num_threads();
     const int64_t attended = static_cast<int64_t>(model.num_heads) * model.head_dim, key_values = static_cast<int64_t>(model.num_kv_heads) * model.head_dim;
     const int64_t widest = attended > model.hidden_size ? attended : model.hidden_size;
@@ -114,9 +114,19 @@ Scratch lay_out(Session& session, const Model& model, int64_t num_tokens) {
     scratch.attended_stride = whole_groups(attended);
     scratch.mlp_stride = whole_groups(model.mlp_size);
     scratch.attention_stride = whole_groups(static_cast<int64_t>(attention_floats(model)));
-    const size_t rows = static_cast<size_t>(num_tokens);
+    scratch.router_stride = whole_groups(model.num_experts);
+    scratch.expert_stride = whole_groups(model.expert_size);
+    scratch.partial_blocks = static_cast<size_t>((longest + kKeyBlock - 1) / kKeyBlock);
+    const size_t rows = static_cast<size_t>(num_tokens), threads = static_cast<size_t>(num_threads);
+    const size_t active = static_cast<size_t>(model.num_active_experts), routed = active ? rows : 0;
+    const int64_t splitting = num_tokens < kChunk ? num_tokens : kChunk;  // the last chunk may have any number of tokens
+    size_t partials = 0;
+    for (int64_t count = splitting; count > 0 && !partials; --count)
+        if (splits_keys(model, count, static_cast<int64_t>(scratch.partial_blocks), num_threads))
+            partials = static_cast<size_t>(count) * model.num_heads * scratch.partial_blocks * partial_floats(model);
+    const size_t dense = rows * scratch.mlp_stride, expert = routed * active * scratch.expert_stride, inner = dense > expert ? dense : expert;
     const size_t few = static_cast<size_t>(kFewTokens) * num_threads;  // rows that each thread prepares for itself
-    const size_t prepared = num_tokens <= kFewTokens && few > rows ? few : rows;
+    const size_t prepared = few > rows ? few : rows;  // a step's last chunk may be of few tokens where the others are not
     struct {
         float** place;
         size_t floats;
@@ -125,12 +135,20 @@ Scratch lay_out(Session& session, const Model& model, int64_t num_tokens) {
         {&scratch.normed, prepared * scratch.hidden_stride},
         {&scratch.qkv, rows * scratch.qkv_stride},
         {&scratch.attended, rows * scratch.attended_stride},
-        {&scratch.gate, rows * scratch.mlp_stride},
-        {&scratch.up, rows * scratch.mlp_stride},
+        {&scratch.gate, inner},
+        {&scratch.up, inner},
         {&scratch.branch, rows * scratch.hidden_stride},
         {&scratch.quantised, prepared * whole_groups(widest) / kQuantGroup * kQuantBytes / sizeof(float)},
-        {&scratch.mlp_quantised, rows * scratch.mlp_stride / kQuantGroup * kQuantBytes / sizeof(float)},
-        {&scratch.attention, scratch.attention_stride * num_threads},
+        {&scratch.mlp_quantised, inner / kQuantGroup * kQuantBytes / sizeof(float)},
+        {&scratch.attention, scratch.attention_stride * threads},
+        {&scratch.partials, partials},
+        {&scratch.router, active ? prepared * scratch.router_stride : 0},
+        {&scratch.shares, prepared * active},
+        {&scratch.expert_rows, routed * scratch.hidden_stride},
+        {reinterpret_cast<float**>(&scratch.chosen), prepared * active},
+        {reinterpret_cast<float**>(&scratch.grouping), active ? threads * grouping_numbers(model, rows) : 0},
+        {&scratch.gathered, threads * routed * scratch.hidden_stride},
+        {&scratch.gathered_quantised, threads * routed * scratch.hidden_stride / kQuantGroup * kQuantBytes / sizeof(float)},
     };
     size_t total = 0;
     for (const auto& part : parts) total += whole_groups(static_cast<int64_t>(part.floats));
@@ -144,7 +162,9 @@ Scratch lay_out(Session& session, const Model& model, int64_t num_tokens) {
 
 void run_step(Session& session, const Model& model, const Step& step) {
     const int64_t most = step.num_tokens < kChunk ? step.num_tokens : kChunk;
-    const Scratch scratch = lay_out(session, model, most);
+    int64_t longest = 0;
+    for (int64_t t = 0; t < step.num_tokens; ++t) longest = step.positions[t] >= longest ? step.positions[t] + 1 : longest;
+    const Scratch scratch = lay_out(session, model, most, longest);
     float* logits = step.logits;
     for (int64_t first = 0; first < step.num_tokens; first += kChunk) {
         Step part = step;
@@ -153,6 +173,7 @@ void run_step(Session& session, const Model& model, const Step& step) {
         part.positions += first;
         part.slots += first;
         part.wants_logits += first;
+        if (part.is_long) part.is_long += first;
         part.logits = logits;
         const auto wait = [](void* pool) { static_cast<Pool*>(pool)->barrier(); };
         const Chunk chunk{&model, &part, scratch, session.pool.num_threads(), session.kernels->bf16_dots, wait, &session.pool};

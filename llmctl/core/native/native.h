@@ -2,7 +2,8 @@
 //
 // The first group of structs is filled by Python (binding.py mirrors them field by field). All pointers are the caller's.
 //
-// Legend: M tokens of a step, C hidden size, H heads, Hkv key-value heads, D head size, F mlp size, V vocabulary size.
+// Legend: M tokens of a step, C hidden size, H heads, Hkv key-value heads, D head size, F mlp size, V vocabulary size, E experts,
+// k experts that a token passes through.
 
 #pragma once
 
@@ -11,11 +12,12 @@
 
 namespace llmctl {
 
-constexpr int32_t kAbi = 4;     // raised with every change to a struct, a layout or a function of the C interface
+constexpr int32_t kAbi = 5;     // raised with every change to a struct, a layout or a function of the C interface
 constexpr int kLanes = 16;      // output rows of one packed block
 constexpr int kQuantGroup = 32;  // inputs that share a scale
 constexpr int kChunk = 256;     // tokens that pass through all layers together: bounds the scratch memory
 constexpr int kKeyBlock = 256;  // keys whose softmax is computed together
+constexpr int kFewKeyBlocks = 4;  // for less, waiting once more costs more than the threads' even shares save
 constexpr int kMaxTileRows = 32;  // queries that go over a block of keys together
 constexpr int kMaxHeadSize = 1024;
 constexpr int kFewTokens = 4;  // so many tokens are prepared by every thread for itself, which is quicker than waiting
@@ -50,17 +52,24 @@ struct Matrix {
     int32_t unused;
 };
 
+struct Mlp {
+    Matrix gate, up, down;  // gate is empty where there is none
+};
+
 // Keys lie as [slot][Hkv][capacity / 16][D][16] and values as [slot][Hkv][D / 16, rounded up][capacity][16], so that
 // attention is two products with packed matrices: scores = keys * query, result = values * probabilities. Of kind int8 they
 // are codes (int8) with a scale for each position of each head, [slot][Hkv][capacity].
 struct Layer {
-    Matrix qkv, out, gate, up, down;
+    Matrix qkv, out;
+    Mlp mlp;             // empty where tokens are routed to experts
+    Matrix router;       // (E, C)
+    const Mlp* experts;  // (E,), or null
     const float *attn_norm, *attn_norm_bias, *mlp_norm, *mlp_norm_bias, *q_norm, *k_norm;  // null where there is none
     const float *attn_post_norm, *attn_post_norm_bias, *mlp_post_norm, *mlp_post_norm_bias;  // of what is added; null: none
     void *keys, *values;
     float *key_scales, *value_scales;  // null but for int8
     int64_t window;                    // keys that a query sees, its own included; 0: all
-    int64_t rotates;                   // whether queries and keys are rotated: 0 no, 1 by `cosines`, 2 by `local_cosines`
+    int64_t rotates;                   // whether queries and keys are rotated: 0 no, 1 by `cosines`, or `long_cosines`, 2 by `local_cosines`
 };
 
 struct Model {
@@ -68,6 +77,8 @@ struct Model {
     int32_t activation, gated_mlp, layer_norm, cache_kind;
     int32_t parallel_residual;  // x + attention(norm(x)) + mlp(norm'(x)), rather than one after the other
     int32_t whole_qk_norm;      // q_norm and k_norm are over all heads together, not over each
+    int32_t num_experts, num_active_experts, expert_size;  // E, k and F of the layers with experts; 0 without any
+    int32_t normalised_experts;                            // the shares of a token's experts are divided by their sum
     float norm_eps, attention_scale, attention_softcap, logit_softcap;  // a softcap of 0 is none
     float embedding_multiplier, residual_multiplier, logit_multiplier, unused;
     const float* positions;  // (max_positions, C), added to the embeddings, or null
@@ -84,6 +95,8 @@ struct Step {
     const uint8_t* wants_logits;                // (M,)
     const float *local_cosines, *local_sines;  // of layers that rotate by another base, or null
     const float *cosines, *sines;               // (positions, rotary_size / 2), or null
+    const float *long_cosines, *long_sines;     // of tokens that `is_long` marks, or null
+    const uint8_t* is_long;                     // (M,), or null
     float* logits;                              // (tokens that want them, V)
 };
 
@@ -114,13 +127,35 @@ struct Scratch {
     float* branch;                                        // what attention or mlp adds, where it is not added at once
     float *quantised, *mlp_quantised;                     // memory of QuantRows of what enters a product
     float* attention;                                     // one area a thread
-    size_t hidden_stride, qkv_stride, attended_stride, mlp_stride, attention_stride;
+    float* partials;                                      // of attention over blocks of keys
+    size_t partial_blocks;                                // of the longest text
+    // of experts: logits of the router and what follows from them, one row a token; the tokens of each expert and the rows that
+    // enter it, one area a thread; what it gives. `gate`, `up` and `mlp_quantised` have a row for each token and expert of it
+    float *router, *shares, *expert_rows;
+    int32_t *chosen, *grouping;
+    float *gathered, *gathered_quantised;
+    size_t hidden_stride, qkv_stride, attended_stride, mlp_stride, attention_stride, router_stride, expert_stride;
 };
+
+// Numbers that say which tokens go to which expert.
+static inline size_t grouping_numbers(const Model& model, size_t num_tokens) {
+    return 1 + static_cast<size_t>(model.num_experts) + 2 * num_tokens * static_cast<size_t>(model.num_active_experts);
+}
 
 // Numbers that one thread's attention needs.
 static inline size_t attention_floats(const Model& model) {
     const size_t size = static_cast<size_t>(model.head_dim + kLanes - 1) / kLanes * kLanes;
     return kMaxTileRows * (3 * size + kKeyBlock + 2);
+}
+
+// Numbers that one block of keys adds to one query.
+static inline size_t partial_floats(const Model& model) {
+    return static_cast<size_t>(model.head_dim + kLanes - 1) / kLanes * kLanes + kLanes;
+}
+
+// Whether so few tokens go over so many keys that blocks of keys are shared out, rather than tokens and heads.
+static inline bool splits_keys(const Model& model, int64_t num_tokens, int64_t key_blocks, int num_threads) {
+    return num_threads > 1 && key_blocks >= kFewKeyBlocks && num_tokens * model.num_kv_heads < 4 * num_threads;
 }
 
 // Where rows of `inputs` numbers lie in memory of kQuantBytes for each group.

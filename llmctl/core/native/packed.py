@@ -1,6 +1,7 @@
 """A model's weights in the library's layout: packed matrices and float32 vectors by name. Knows ModelConfig and arrays; no file.
 
-Names of matrices: "embed", "head" (of a model whose head is not its embeddings), "layers.3.qkv", ".out", ".gate", ".up", ".down".
+Names of matrices: "embed", "head" (of a model whose head is not its embeddings), "layers.3.qkv", ".out", ".gate", ".up", ".down",
+and in a layer with experts "layers.3.router", "layers.3.experts.5.gate", ".up", ".down" in place of the last three.
 Names of vectors: "positions", "final_norm", "final_norm_bias", "head_bias", "layers.3.attn_norm", ".attn_post_norm", ".mlp_norm",
 ".mlp_post_norm", each with "_bias" where there is one, ".q_norm", ".k_norm".
 """
@@ -96,6 +97,7 @@ def check_packed(config: ModelConfig, packed: PackedModel) -> None:
     for matrix in packed.matrices.values():
         matrix.check()
     hidden, layers = config.hidden_size, [f"layers.{index}" for index in range(config.num_layers)]
+    parts = ("gate", "up") if config.gated_mlp else ("up",)
     sizes = {"embed": (config.vocab_size, hidden)} | ({} if config.tie_embeddings else {"head": (config.vocab_size, hidden)})
     vectors: dict[str, tuple[int, ...]] = {"final_norm": (hidden,)}
     if config.positions in ("learned", "sinusoidal"):
@@ -107,11 +109,13 @@ def check_packed(config: ModelConfig, packed: PackedModel) -> None:
         else dict.fromkeys(("q_norm", "k_norm"), config.head_dim)
     )
     optional: dict[str, tuple[int, ...]] = {"final_norm_bias": (hidden,), "head_bias": (config.vocab_size,)}
-    for layer in layers:
+    for index, layer in enumerate(layers):
         sizes[f"{layer}.qkv"] = (config.query_size + 2 * config.kv_size, hidden)
         sizes[f"{layer}.out"] = (hidden, config.query_size)
-        sizes |= {f"{layer}.{name}": (config.mlp_size, hidden) for name in (("gate", "up") if config.gated_mlp else ("up",))}
-        sizes[f"{layer}.down"] = (hidden, config.mlp_size)
+        if config.experts is not None and config.routes(index):
+            sizes[f"{layer}.router"] = (config.experts.num_experts, hidden)
+        for mlp, size in _mlps(config, index):
+            sizes |= {f"{mlp}.{name}": (size, hidden) for name in parts} | {f"{mlp}.down": (hidden, size)}
         vectors |= {f"{layer}.{name}": (hidden,) for name in norms}
         optional |= {f"{layer}.{name}_bias": (hidden,) for name in norms}
         if config.qk_norm or config.qk_norm_whole:
@@ -138,10 +142,21 @@ def _groups(config: ModelConfig) -> Iterator[_Group]:
         layer = f"layers.{index}"
         yield group(f"{layer}.qkv", f"{layer}.attn.q", f"{layer}.attn.k", f"{layer}.attn.v", bias=config.qkv_bias)
         yield group(f"{layer}.out", f"{layer}.attn.o", bias=config.attention_out_bias)
-        if config.gated_mlp:
-            yield group(f"{layer}.gate", f"{layer}.mlp.gate", bias=config.mlp_bias)
-        yield group(f"{layer}.up", f"{layer}.mlp.up", bias=config.mlp_bias)
-        yield group(f"{layer}.down", f"{layer}.mlp.down", bias=config.mlp_bias)
+        if config.routes(index):
+            yield group(f"{layer}.router", f"{layer}.mlp.router", bias=False)
+        for mlp, _ in _mlps(config, index):
+            inside = mlp.removeprefix(layer)  # "", or ".experts.5"
+            for part in ("gate", "up", "down") if config.gated_mlp else ("up", "down"):
+                yield group(f"{mlp}.{part}", f"{layer}.mlp{inside}.{part}", bias=config.mlp_bias)
+
+
+def _mlps(config: ModelConfig, layer: int) -> Iterator[tuple[str, int]]:
+    """Name and inner size of each mlp of a layer: its own, or those of its experts."""
+    if config.experts is None or not config.routes(layer):
+        yield f"layers.{layer}", config.mlp_size
+        return
+    for expert in range(config.experts.num_experts):
+        yield f"layers.{layer}.experts.{expert}", config.experts.mlp_size
 
 
 def _packed(session: Session, group: _Group, tensors: Mapping[str, Any], kind: int) -> PackedMatrix:

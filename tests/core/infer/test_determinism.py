@@ -44,7 +44,7 @@ def wanted() -> list[Request]:
 
 
 @pytest.mark.parametrize("held", HELD)
-@pytest.mark.parametrize("setting", ["llama-gqa-tied", "qwen2-window", "gpt2-tied"])
+@pytest.mark.parametrize("setting", ["llama-gqa-tied", "qwen2-window", "gpt2-tied", "qwen3_moe-some-layers"])
 def test_a_text_is_the_same_alone_and_in_any_company(setting: str, held: str) -> None:
     _, config, arrays = loaded(setting)
     executor = native(config, arrays, num_slots=1, capacity=16, **HELD[held])

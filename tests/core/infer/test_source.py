@@ -15,15 +15,15 @@ from llmctl.core.infer.source import open_source
 from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16
 from llmctl.core.quant import LAYOUTS, Layout
 from tests.cli.tiny_model import make_model
-from tests.core.gguf_writer import blocky_model, write_model
+from tests.core.gguf_writer import blocky_experts, blocky_model, write_model
 from tests.core.native.models import library_is_built
 
 pytestmark = pytest.mark.skipif(not library_is_built(), reason="the native library was not built")
 pytest.importorskip("gguf")
 
 
-def directory(folder: Path) -> Path:
-    blocky_model().save_pretrained(folder / "m")
+def directory(folder: Path, model: Any = None) -> Path:
+    (model or blocky_model()).save_pretrained(folder / "m")
     return folder / "m"
 
 
@@ -32,13 +32,13 @@ def bf16_directory(folder: Path) -> Path:
     return folder / "m"
 
 
-def gguf_file(dtype: str, folder: Path) -> Path:
-    write_model(folder / "m.gguf", blocky_model(), dtype=dtype)
+def gguf_file(dtype: str, folder: Path, model: Any = None) -> Path:
+    write_model(folder / "m.gguf", model or blocky_model(), dtype=dtype)
     return folder / "m.gguf"
 
 
-def quantised_directory(layout: Layout, folder: Path) -> Path:
-    loaded = load_model(directory(folder), quant=layout)
+def quantised_directory(layout: Layout, folder: Path, model: Any = None) -> Path:
+    loaded = load_model(directory(folder, model), quant=layout)
     (folder / "q").mkdir()
     save_quantised(folder / "q", config=loaded.config, family=loaded.family, tensors=loaded.model.state_dict(), layout=layout)
     return folder / "q"
@@ -49,6 +49,9 @@ KINDS: dict[str, Any] = {
     "bf16 directory": bf16_directory,
     **{f"{dtype} GGUF": lambda folder, dtype=dtype: gguf_file(dtype, folder) for dtype in ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1")},
     **{f"{layout} directory": lambda folder, layout=layout: quantised_directory(layout, folder) for layout in LAYOUTS},
+    "experts directory": lambda folder: directory(folder, blocky_experts()),
+    "experts int8 directory": lambda folder: quantised_directory("int8", folder, blocky_experts()),
+    **{f"experts {dtype} GGUF": lambda folder, dtype=dtype: gguf_file(dtype, folder, blocky_experts()) for dtype in ("F16", "Q8_0", "Q4_0")},
 }
 
 
@@ -97,7 +100,7 @@ def test_the_native_executor_opens_each_kind_and_gives_the_logits_of_torch(kind:
         opened.executor.reserve(num_slots=1, capacity=16)
         logits[executor] = opened.executor.step(ids, np.zeros(1, np.int64), np.zeros(1, np.int64), all_logits=True)
     # natively the inputs of quantised matrices are quantised too
-    tolerance = 0.05 if kind in ("int8 directory", "int4 directory") else 1e-4
+    tolerance = 0.05 if kind.endswith(("int8 directory", "int4 directory")) else 1e-4
     np.testing.assert_allclose(logits["native"], logits["torch"], atol=tolerance * float(np.abs(logits["torch"]).max()))
 
 

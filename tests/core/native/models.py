@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from llmctl.core.checkpoint import load_config, load_model, stored_arrays, stored_tensors
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model import Decoder
-from llmctl.core.model.frequencies import all_angles
+from llmctl.core.model.frequencies import angle_tables
 from llmctl.core.native.cache import CacheDtype
 from llmctl.core.native.executor import NativeExecutor
 from llmctl.core.native.library import ISA_VARIABLE, KERNEL_NAMES, Int4Matrix, Int8Matrix, Unavailable, kernels, load
@@ -64,7 +64,7 @@ def native(
 ) -> NativeExecutor:
     """An executor with a cache, of quantised weights if `quant` says so."""
     tensors: dict[str, Any] = dict(arrays) if quant is None else {name: quantised(name, array, quant) for name, array in arrays.items()}
-    turning = (lambda num_positions: all_angles(config, num_positions)) if config.positions == "rope" else None
+    turning = (lambda num_positions: angle_tables(config, num_positions)) if config.positions == "rope" else None
     packed = pack_model(config, tensors.items(), dtype=dtype, num_threads=num_threads)
     executor = NativeExecutor(config, packed, angles=turning, num_threads=num_threads, cache_dtype=cache_dtype)
     executor.reserve(num_slots=num_slots, capacity=capacity)

@@ -9,8 +9,10 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
+from llmctl.core.config.model import Experts, RopeScaling
 from llmctl.core.infer.torch_executor import TorchExecutor
 from llmctl.core.model import Decoder
+from llmctl.core.model.moe import RoutedMlp
 from llmctl.core.native.cache import CacheDtype
 from llmctl.core.native.executor import NativeExecutor, supports
 from llmctl.core.native.library import ISA_VARIABLE, Int4Matrix, Int8Matrix, from_bf16, to_bf16
@@ -23,8 +25,9 @@ pytestmark = pytest.mark.skipif(not runnable_kernels(), reason="the native libra
 MIXED = [
     *("gpt2-tied", "llama-mqa-biases", "qwen2-window", "qwen3-tied-biases"),
     *("gpt_neox-quarter", "gemma2-windows", "gemma3-windows", "olmo2-gqa-tied-bias"),
+    *("mixtral-two-of-four", "qwen3_moe-some-layers"),
 ]
-"""Norms before, after and over all heads, attention beside the mlp, positions, biases, windows, heads that share and do not."""
+"""Norms before, after and over all heads, attention beside the mlp, positions, biases, windows, heads that share and do not, experts."""
 
 
 def as_quant(matrix: Int8Matrix | Int4Matrix) -> QuantMatrix:
@@ -51,11 +54,11 @@ def test_logits_are_torchs(setting: str) -> None:
 
 
 def test_what_the_library_lacks_is_named() -> None:
-    reasons = {setting: supports(loaded(setting)[1]) for setting in SETTINGS}
-    lacking = {setting for setting, reason in reasons.items() if reason is not None}
-    assert lacking == {s for s in SETTINGS if s.startswith(("mixtral", "qwen3_moe"))} | {"phi3-longrope-short"}
-    assert "mixture of experts" in str(reasons["mixtral-two-of-four"])
-    assert "longrope" in str(reasons["phi3-longrope-short"])
+    assert not [setting for setting in SETTINGS if supports(loaded(setting)[1]) is not None]
+    config = loaded("llama-mha")[1]
+    assert "heads of 2048" in str(supports(dataclasses.replace(config, head_dim=2048)))
+    experts = Experts(num_experts=2, num_active=1, mlp_size=1 << 31, normalised=True, layers=(True,) * config.num_layers)
+    assert "too large" in str(supports(dataclasses.replace(config, experts=experts)))
 
 
 @pytest.mark.parametrize("name", runnable_kernels())
@@ -151,6 +154,32 @@ def test_a_text_longer_than_the_librarys_own_chunks_and_blocks_of_keys_is_one_te
         assert np.concatenate(parts).tobytes() == got.tobytes()
 
 
+@pytest.mark.parametrize("window", [None, 900])
+@pytest.mark.parametrize("cache_dtype", ["float32", "float16", "int8"])
+def test_a_long_text_whose_keys_are_shared_out_to_threads_is_the_same_bits(cache_dtype: CacheDtype, window: int | None) -> None:
+    """One token, or a few of several texts, over many blocks of keys: alone, beside others, and with any number of threads."""
+    _, config, arrays = loaded("llama-gqa-tied")
+    longer = dataclasses.replace(config, max_positions=1200, windows=None if window is None else (window,) * config.num_layers)
+    texts = np.stack([text(1160, seed=seed) for seed in range(3)])
+    single = native(longer, arrays, capacity=1200, cache_dtype=cache_dtype)
+    want = [whole_text(single, ids, slot=slot) for slot, ids in enumerate(texts)]
+    for num_threads in (2, 5):
+        executor = native(longer, arrays, capacity=1200, cache_dtype=cache_dtype, num_threads=num_threads)
+        for slot in range(3):
+            executor.step(texts[slot : slot + 1, : 800 + 100 * slot], np.array([0]), np.array([slot]))
+        for widths in ((1, 1, 1), (3, 2, 2), (200, 1, 1)):
+            starts = np.array([800, 900, 1000])
+            fed = np.stack([np.resize(ids[start:], max(widths)) for ids, start in zip(texts, starts, strict=True)])
+            got = executor.step(fed, starts, np.arange(3), lengths=np.array(widths), all_logits=True)
+            for row, width in enumerate(widths):
+                assert got[row, :width].tobytes() == want[row][starts[row] : starts[row] + width].tobytes()
+        for at in range(1000, 1160, 40):
+            alone = executor.step(texts[:1, at : at + 40], np.array([at]), np.array([0]), all_logits=True)[0]
+            assert alone.tobytes() == want[0][at : at + 40].tobytes()
+        alone = executor.step(texts[:1, 1159:], np.array([1159]), np.array([0]), all_logits=True)[0]
+        assert alone.tobytes() == want[0][1159:].tobytes()
+
+
 @pytest.mark.parametrize("name", runnable_kernels())
 @pytest.mark.parametrize("quant", ["int8", "int4"])
 @pytest.mark.parametrize("setting", MIXED)
@@ -163,8 +192,8 @@ def test_quantised_models_are_torchs_whose_inputs_of_matrices_are_rounded(
     plain = {key: array if isinstance(array, np.ndarray) else dequantise(as_quant(array)) for key, array in rounded.items()}
     names = model.state_dict().keys()
     decoder.load_state_dict({key: torch.from_numpy(np.ascontiguousarray(plain[key])) for key in names})
-    for module in decoder.modules():
-        if isinstance(module, torch.nn.Linear):
+    for key, module in decoder.named_modules():
+        if isinstance(module, torch.nn.Linear) and not key.endswith("router"):  # which is not quantised
             module.register_forward_pre_hook(lambda _, inputs: (rounded_to_codes(inputs[0]),))
     tokens = random_tokens(1, 40)
     with torch.inference_mode():
@@ -185,6 +214,81 @@ def rounded_to_codes(x: torch.Tensor) -> torch.Tensor:
     step = padded.abs().amax(dim=-1, keepdim=True) / 127
     codes = torch.where(step > 0, torch.round(padded / step), torch.zeros(()))
     return (codes * step).flatten(-2)[..., : x.shape[-1]]
+
+
+def test_longrope_turns_each_text_by_its_length_in_the_call_as_torch_does() -> None:
+    """Its short factors hold for up to 48 tokens here; keys that are in the cache already stay as they were turned."""
+    model, config, arrays = loaded("phi3-longrope-short")
+    executors: list[NativeExecutor | TorchExecutor] = [native(config, arrays, num_slots=2, capacity=64), TorchExecutor(model)]
+    executors[1].reserve(num_slots=2, capacity=64)
+    tokens, both = random_tokens(2, 64).numpy(), np.array([0, 1])
+    calls = [((0, 0), 20, (20, 20)), ((20, 20), 28, (28, 20)), ((48, 40), 8, (3, 8)), ((51, 48), 1, (1, 1)), ((0, 0), 64, (60, 48))]
+    seen = []
+    for executor in executors:
+        seen.append([])
+        for starts, width, lengths in calls:
+            fed = np.stack([np.resize(row[start:], width) for row, start in zip(tokens, starts, strict=True)])
+            got = executor.step(fed, np.array(starts), both, lengths=np.array(lengths), all_logits=True)
+            seen[-1] += [row[:length] for row, length in zip(got, lengths, strict=True)]
+    for got, want in zip(*seen, strict=True):
+        assert np.abs(got - want).max() < 1e-4
+    assert config.rope_scaling is not None
+    later = {**config.rope_scaling.parameters, "original_max_position_embeddings": 64}
+    short = native(dataclasses.replace(config, rope_scaling=RopeScaling(kind="longrope", parameters=later)), arrays, capacity=64)
+    assert np.abs(whole_text(short, tokens[0, :60]) - seen[0][-2]).max() > 1e-2  # the factors count
+
+
+@pytest.mark.parametrize("num_active", [1, 2, 5])
+@pytest.mark.parametrize("normalised", [True, False])
+@pytest.mark.parametrize("setting", ["qwen3_moe-every-layer", "olmo2-gqa-tied-bias"])
+def test_experts_are_torchs_however_many_whatever_their_shares_and_norms(setting: str, normalised: bool, num_active: int) -> None:
+    """With few and with many tokens; the second has norms after, biases and a multiplier, which no model with experts has."""
+    _, config, _ = loaded(setting)
+    experts = Experts(num_experts=5, num_active=num_active, mlp_size=40, normalised=normalised, layers=(True, False, True))
+    changed = dataclasses.replace(config, experts=experts, residual_multiplier=0.8, mlp_bias=True)
+    torch.manual_seed(3)
+    decoder = Decoder(changed)
+    with torch.no_grad():
+        for parameter in decoder.parameters():
+            parameter.normal_(std=0.3)
+    arrays = {name: tensor.numpy() for name, tensor in decoder.state_dict().items()}
+    for num_tokens, num_threads in ((3, 1), (3, 3), (40, 1), (40, 3)):
+        tokens = random_tokens(1, num_tokens)
+        with torch.inference_mode():
+            want = decoder.eval()(tokens).numpy()[0]
+        got = whole_text(native(changed, arrays, num_threads=num_threads), tokens[0].numpy())
+        assert np.abs(got - want).max() < 1e-4 * max(1.0, np.abs(want).max())
+
+
+def test_experts_that_nobody_chose_are_not_read() -> None:
+    """Weights of NaN there change no bit."""
+    model, config, arrays = loaded("qwen3_moe-every-layer")
+    ids = text(2)
+    chosen: dict[str, set[int]] = {}
+
+    def note(name: str, router_input: torch.Tensor) -> None:
+        module = model.get_submodule(name)
+        assert isinstance(module, RoutedMlp)
+        chosen[name] = set(module.route(router_input.flatten(0, 1))[1].flatten().tolist())
+
+    names = [name for name, module in model.named_modules() if isinstance(module, RoutedMlp)]
+    hooks = [
+        model.get_submodule(name).register_forward_pre_hook(lambda _, inputs, name=name: note(name, inputs[0]))  # type: ignore[misc]
+        for name in names
+    ]
+    try:
+        with torch.inference_mode():
+            model(torch.from_numpy(ids)[None])
+    finally:
+        for hook in hooks:
+            hook.remove()
+    idle = [f"{name}.experts.{e}." for name in names for e in range(5) if e not in chosen[name]]
+    assert len(idle) >= config.num_layers  # 2 of 5 experts for each of 2 tokens
+    poisoned = {name: np.full_like(array, np.nan) if name.startswith(tuple(idle)) else array for name, array in arrays.items()}
+    want = whole_text(native(config, arrays), ids)
+    for num_threads in (1, 2):
+        assert whole_text(native(config, poisoned, num_threads=num_threads), ids).tobytes() == want.tobytes()
+    assert np.isnan(whole_text(native(config, poisoned), text(40))).any()  # which reach them
 
 
 @pytest.mark.parametrize("setting", MIXED)
