@@ -1,7 +1,7 @@
 """A GGUF file matched with the decoder's tensors: its facts, and its numbers under our names. Numpy; no torch."""
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -43,12 +43,20 @@ class GgufModel:
 
     def arrays(self, binding: Binding) -> Iterator[tuple[str, NDArray[Any]]]:
         """Our names and numbers of one tensor of the file, float32, or float16 as stored; views of the map where they can be."""
-        parts = binding.rule.to_ours(self.file.array(self.entry(binding)), binding.our_shapes)
-        for name, array in zip(binding.ours, parts, strict=True):
+        for name, array in zip(binding.ours, self._parts(binding), strict=True):
             if self.record.reorders(name):
                 array = halves_from_pairs(array, self.config.head_dim)
             shift = self.record.norm_shift(name)
             yield name, array - np.float32(shift) if shift else array
+
+    def _parts(self, binding: Binding) -> Iterable[NDArray[Any]]:
+        entry = self.entry(binding)
+        if not binding.rule.stacks:
+            return binding.rule.to_ours(self.file.array(entry), binding.our_shapes)
+        # one expert after the other: the numbers of all of them can take several times the memory of the file
+        size = entry.num_bytes // len(binding.ours)
+        places = (entry.start + expert * size for expert in range(len(binding.ours)))
+        return (self.file.array(dataclasses.replace(entry, shape=entry.shape[1:], start=start, num_bytes=size)) for start in places)
 
 
 def open_gguf(path: Path) -> GgufModel:

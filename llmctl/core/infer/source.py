@@ -3,6 +3,7 @@
 Only measuring how much each input matters, for matrices that are made 4-bit here, runs the model in torch, once.
 """
 
+import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,6 +20,7 @@ from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, op
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError
 from llmctl.core.families import Family, family_named
+from llmctl.core.families.base import Binding
 from llmctl.core.families.gguf import halves_from_pairs
 from llmctl.core.families.gguf_tokenizer import eos_ids_of
 from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16
@@ -70,12 +72,17 @@ class Source:
         tensors = stored_tensors(self.path, self.config, self._hf_family)
         importance = self._importance() if quant == "int4" else {}
         merger = Merger.of(self.adapter, self.config, self._hf_family)
-        for name, stored_array in stored_arrays(tensors):
-            array = merger.added_to(name, stored_array)
-            yield name, array if quant is None else _quantised(name, array, quant, importance)
+        # pages that were read go back at once, so that the file and what is made of it are not in memory side by side
+        for _, layer in itertools.groupby(sorted(tensors, key=lambda pair: _layer(pair[0])), key=lambda pair: _layer(pair[0])):
+            together = list(layer)
+            for binding, stored in together:
+                for name, stored_array in stored_arrays([(binding, stored)]):
+                    array = merger.added_to(name, stored_array)
+                    yield name, array if quant is None else _quantised(name, array, quant, importance)
+                stored.forget()
+            for _, stored in together:  # queries and keys were read once more, with the values
+                stored.forget()
         merger.checked(self.path)
-        for _, stored in tensors:
-            stored.forget()
 
     def _from_quantised(self, own: Layout, quant: Layout | None) -> Iterator[tuple[str, Any]]:
         if quant is not None and quant != own:
@@ -91,7 +98,7 @@ class Source:
         needs_importance = any(GGUF_LAYOUTS.get(model.entry(binding).kind) != "int4" for binding in anew)
         importance = self._importance() if needs_importance else {}
         merger = Merger.of(self.adapter, self.config, family_named(self.family))
-        for binding in model.bindings:
+        for binding in sorted(model.bindings, key=_layer):
             as_it_is = quant is not None and self.adapter is None
             held = held_in_gguf(model.file, model.entry(binding), binding, quant) if quant is not None and as_it_is else None
             if held is not None:
@@ -138,6 +145,12 @@ def open_source(path: Path, *, adapter: Path | None = None) -> Source:
     files = tuple(sorted(weight_files(path)))
     eos_ids = token_ids(generation.get("eos_token_id")) or token_ids(raw.get("eos_token_id"))
     return Source(path, config, family.name, eos_ids, generation, stored, own, files, family, None, adapter)
+
+
+def _layer(binding: Binding) -> int:
+    """The layer of a tensor, -1 outside of layers: what is packed together comes together."""
+    where = binding.ours[0].split(".")
+    return int(where[1]) if where[0] == "layers" else -1
 
 
 def _quantised_files(folder: Path) -> dict[str, Stored]:

@@ -189,7 +189,10 @@ class Worker {
         const int most_tokens = sharing >= kMaxTileRows ? 1 : kMaxTileRows / sharing;
         float* area = scratch_.attention + thread_ * scratch_.attention_stride;
         int64_t key_blocks = 0;
-        for (int t = 0; t < num_tokens_; ++t) key_blocks = attention.num_key_blocks(t) > key_blocks ? attention.num_key_blocks(t) : key_blocks;
+        for (int t = 0; t < num_tokens_; ++t) {
+            const int64_t seen = attention.num_key_blocks(t);
+            key_blocks = seen > key_blocks ? seen : key_blocks;
+        }
         const bool splits = splits_keys(model_, num_tokens_, key_blocks, chunk_.num_threads);
         // queries that share a key-value head go together, unless that would leave threads idle
         const bool apart = !splits && num_tokens_ * model_.num_kv_heads < 4 * chunk_.num_threads && chunk_.num_threads > 1;

@@ -51,7 +51,9 @@ KINDS: dict[str, Any] = {
     **{f"{layout} directory": lambda folder, layout=layout: quantised_directory(layout, folder) for layout in LAYOUTS},
     "experts directory": lambda folder: directory(folder, blocky_experts()),
     "experts int8 directory": lambda folder: quantised_directory("int8", folder, blocky_experts()),
-    **{f"experts {dtype} GGUF": lambda folder, dtype=dtype: gguf_file(dtype, folder, blocky_experts()) for dtype in ("F16", "Q8_0", "Q4_0")},
+    **{
+        f"experts {dtype} GGUF": lambda folder, dtype=dtype: gguf_file(dtype, folder, blocky_experts()) for dtype in ("F16", "Q8_0", "Q4_0")
+    },
 }
 
 
