@@ -12,6 +12,7 @@ import safetensors.numpy
 from llmctl.core.checkpoint import load_config
 from llmctl.core.families import family_named
 from llmctl.core.model.facts import num_parameters, tensor_shapes
+from tests.core.native.models import library_is_built
 
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="peaks of memory are read from Linux's /proc")
 
@@ -50,6 +51,23 @@ held = sum(tensor.numel() * tensor.element_size() for tensor in loaded.model.sta
 print(peak() - before, held, loaded.dtype)
 """
 
+_PACKER = """
+import gc, sys
+from pathlib import Path
+from llmctl.core.infer.source import open_source
+from llmctl.core.native.packed import pack_model
+
+def peak():
+    return 1024 * next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith("VmHWM"))
+
+source = open_source(Path(sys.argv[1]))
+gc.collect()
+open("/proc/self/clear_refs", "w").write("5")
+before = peak()
+packed = pack_model(source.config, source.tensors(None if sys.argv[2] == "stored" else sys.argv[2]), dtype="float32")
+print(peak() - before, packed.num_bytes, sys.argv[2])
+"""
+
 
 def write_folder(folder: Path, *, num_shards: int) -> None:
     """A model of 0.2 GB in float32."""
@@ -69,9 +87,9 @@ def write_folder(folder: Path, *, num_shards: int) -> None:
         (folder / "model.safetensors.index.json").write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
 
 
-def peak_of_loading(path: Path, dtype: str) -> tuple[int, int, str]:
+def peak_of_loading(path: Path, dtype: str, *, worker: str = _WORKER) -> tuple[int, int, str]:
     """Peak above the imports and the size of the weights, in bytes, and their dtype."""
-    done = subprocess.run([sys.executable, "-c", _WORKER, str(path), dtype], capture_output=True, text=True, check=True)
+    done = subprocess.run([sys.executable, "-c", worker, str(path), dtype], capture_output=True, text=True, check=True)
     peak, held, name = done.stdout.split()
     return int(peak), int(held), name
 
@@ -113,4 +131,14 @@ def test_a_gguf_file_lands_once(dtype: str, folders: dict[str, Path], tmp_path: 
     write(tmp_path / "m.gguf", config=loaded.config, record=family_record("llama"), tensors=tensors, kind=dtype, extra={})
     assert gguf.GGUFReader(tmp_path / "m.gguf").tensors
     peak, held, _ = peak_of_loading(tmp_path / "m.gguf", "stored")
+    assert peak < held + ALLOWED_BYTES
+
+
+@pytest.mark.skipif(not library_is_built(), reason="the native library was not built")
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+@pytest.mark.parametrize("quant", ["stored", "int8"])
+def test_packing_for_the_native_executor_holds_the_packed_weights_and_not_the_file_beside_them(
+    kind: str, quant: str, folders: dict[str, Path]
+) -> None:
+    peak, held, _ = peak_of_loading(folders[kind], quant, worker=_PACKER)
     assert peak < held + ALLOWED_BYTES
