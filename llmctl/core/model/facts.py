@@ -132,6 +132,18 @@ def cache_bytes_per_token(config: ModelConfig, *, bytes_per_number: int) -> int:
     return 2 * config.num_layers * config.kv_size * bytes_per_number
 
 
+def muon_scratch_bytes(config: ModelConfig, *, compute_bytes: int) -> int:
+    """What Muon's iteration holds beside its momentum, for the largest stack of hidden matrices of one shape.
+
+    The stack normed and its result, each of the stack's size, and three products of it with itself (r x r of each r x c matrix).
+    """
+    stacks: dict[tuple[int, ...], int] = {}
+    for name, shape in tensor_shapes(config).items():
+        if name.startswith("layers.") and len(shape) == 2:
+            stacks[shape] = stacks.get(shape, 0) + 1
+    return max((n * min(s) * (2 * max(s) + 3 * min(s)) * compute_bytes for s, n in stacks.items()), default=0)
+
+
 @dataclass(frozen=True)
 class TrainingMemory:
     """An estimate in bytes: what weights, gradients and optimizer hold throughout, and the activations of one micro-batch."""
@@ -140,11 +152,13 @@ class TrainingMemory:
     gradient_bytes: int
     optimizer_bytes: int
     activation_bytes: int
+    update_bytes: int = 0
+    """What the optimizer's step needs for itself, when the activations are gone."""
 
     @property
     def total_bytes(self) -> int:
-        """All of it at once, the peak."""
-        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + self.activation_bytes
+        """The peak."""
+        return self.weight_bytes + self.gradient_bytes + self.optimizer_bytes + max(self.activation_bytes, self.update_bytes)
 
 
 def training_memory(
@@ -155,14 +169,16 @@ def training_memory(
     moments: float = 2.0,
     loss_chunk_tokens: int = 1024,
     num_adapted: int | None = None,
+    update_bytes: int = 0,
 ) -> TrainingMemory:
     """Estimate the memory of training with float32 masters.
 
     `compute_bytes` is 2 for bf16 and 4 for float32: at 2 there is a copy of the weights beside the masters. `moments` is
     how many float32 numbers the optimizer keeps a parameter: 2 for AdamW, 1 for Muon. Activations count what autograd
-    keeps of each layer (inputs of norms and matmuls, queries, keys, values, both mlp halves), and the loss a float32
-    block of `loss_chunk_tokens` rows of the vocabulary, twice. With adapters of `num_adapted` numbers, those alone have
-    masters, gradients and moments, and the frozen weights are held once.
+    keeps of each layer (inputs of norms and matmuls, queries, keys, values, both mlp halves), as much again for the layer
+    whose gradients are being computed, and the loss a float32 block of `loss_chunk_tokens` rows of the vocabulary, twice.
+    With adapters of `num_adapted` numbers, those alone have masters, gradients and moments, and the frozen weights are held
+    once. `update_bytes` is what a step of the optimizer needs for itself.
     """
     total = num_parameters(config).total
     hidden, halves = config.hidden_size, 4 if config.gated_mlp else 2
@@ -176,5 +192,6 @@ def training_memory(
         weight_bytes=trained * 4 + (trained * compute_bytes if compute_bytes < 4 else 0) + frozen_bytes,
         gradient_bytes=trained * compute_bytes,
         optimizer_bytes=int(trained * 4 * moments),
-        activation_bytes=activations + loss,
+        activation_bytes=activations + activations // config.num_layers + loss,
+        update_bytes=update_bytes,
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llmctl.core.config.mesh import Mesh
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import UsageError
-from llmctl.core.model.facts import flops_per_token, tensor_shapes, training_memory
+from llmctl.core.model.facts import flops_per_token, muon_scratch_bytes, tensor_shapes, training_memory
 from llmctl.core.train.events import PlannedElsewhere
 
 EFFICIENCY = 0.45
@@ -123,6 +123,8 @@ def estimate(config: ModelConfig, mesh: Mesh, cluster: Cluster, work: Work) -> E
     num_micro = math.ceil(work.batch_size / mesh.data_size / micro)
     weights, gradients, optimizer, gathered = _held(sizes, mesh, work)
     activations = _activations(config, mesh, work, micro * work.seq_len)
+    if work.muon_share:  # its step comes when the activations are gone; spread matrices are shared out
+        activations = max(activations, muon_scratch_bytes(config, compute_bytes=work.compute_bytes) / (mesh.fsdp * mesh.tp))
     computed = _compute_s(config, mesh, cluster, work)
     hidden_by = OVERLAP * computed * 2 / 3
     overlapped, waited = _communication(config, sizes, mesh, cluster, work, num_micro, micro * work.seq_len)
@@ -181,10 +183,10 @@ def _held(sizes: _Sizes, mesh: Mesh, work: Work) -> tuple[float, float, float, f
 
 
 def _activations(config: ModelConfig, mesh: Mesh, work: Work, tokens: int) -> float:
-    """What facts.training_memory counts, and the gradients of one layer's; with recomputation one layer's, and every layer's input."""
+    """What facts.training_memory counts; with recomputation twice one layer's, and every layer's input."""
     whole = training_memory(config, tokens_per_micro_batch=tokens, compute_bytes=work.compute_bytes).activation_bytes
     loss = 2 * min(tokens, 1024) * config.vocab_size * 4
-    layers = whole - loss
+    layers = (whole - loss) / (1 + 1 / config.num_layers)  # without the gradients of one
     inputs = tokens * config.hidden_size * work.compute_bytes
     if work.recomputes:
         return loss + 2 * layers / config.num_layers + inputs * config.num_layers

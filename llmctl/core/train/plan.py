@@ -21,9 +21,8 @@ from llmctl.core.config.stored import to_toml
 from llmctl.core.data.mixture import SourceUse
 from llmctl.core.distributed.ranks import Ranks, joined
 from llmctl.core.errors import UsageError
-from llmctl.core.model import Decoder
 from llmctl.core.model.device import choose_device
-from llmctl.core.model.facts import flops_per_token, num_parameters, tensor_shapes, training_memory
+from llmctl.core.model.facts import flops_per_token, muon_scratch_bytes, num_parameters, tensor_shapes, training_memory
 from llmctl.core.runlog import RunFolder
 from llmctl.core.train import machine
 from llmctl.core.train import state as checkpoints
@@ -239,6 +238,7 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         compute_bytes=where.dtype.itemsize,
         moments=2.0 - muon_share,
         num_adapted=prepared.num_adapted,
+        update_bytes=muon_scratch_bytes(architecture, compute_bytes=where.dtype.itemsize) if _muon_on_all(config, prepared) else 0,
     )
     total_flops = flops * sizes.batch_tokens * num_steps
     eval_every, save_every, sample_every = _intervals(config, prepared, num_steps)
@@ -276,6 +276,11 @@ def _plan(config: RunConfig, prepared: Prepared, where: Machine, num_steps: int)
         run_dir=None if config.out_dir is None else str(config.out_dir),
         sources=prepared.uses(sizes.batch_size * num_steps),
     )
+
+
+def _muon_on_all(config: RunConfig, prepared: Prepared) -> bool:
+    """Whether Muon treats the hidden matrices themselves; those of adapters are small."""
+    return config.optimizer == "muon" and prepared.num_adapted is None
 
 
 def _plan_elsewhere(config: RunConfig, prepared: Prepared, checkpoint: checkpoints.Checkpoint | None, where: Machine) -> PlannedElsewhere:
@@ -368,11 +373,7 @@ def _lay_out(job: TrainJob) -> None:
     """Put the model's shape where it can be spread, and its weights aside; those that are mapped from a file take no memory."""
     whole = job.model.state_dict()
     names = [name for name, _ in job.model.named_parameters()]
-    with torch.device("meta"):
-        model = Decoder(job.model.config)
-    model.train(job.model.training)
-    model.recomputes = job.model.recomputes
-    job.model, job.weights = model, lambda: ((name, whole.pop(name)) for name in names)
+    job.model, job.weights = job.model.to("meta"), lambda: ((name, whole.pop(name)) for name in names)
 
 
 def _compiles(config: RunConfig, job: TrainJob, prepared: Prepared, where: Machine, checkpoint: checkpoints.Checkpoint | None) -> bool:

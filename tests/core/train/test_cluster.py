@@ -118,6 +118,52 @@ print(peak() - before)
 """
 
 
+MEASURE_RUN = """
+import json, resource, sys
+from pathlib import Path
+from llmctl.core.config.pretrain import PretrainConfig
+from llmctl.core.train import pretrain as pretraining
+from llmctl.core.train.events import Planned, StepDone
+
+def peak():
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+def steps(out_dir, **settings):
+    common = {"max_steps": 3, "save_every": 0, "eval_every": 0, "sample_every": 0, "threads": 1, "dtype": "f32", "device": "cpu"}
+    for event in pretraining.train(PretrainConfig(data=Path(sys.argv[1]), out_dir=Path(out_dir), **common, **settings)):
+        if isinstance(event, Planned):
+            planned = event.memory_bytes
+        if isinstance(event, StepDone) and event.step == 2:  # before anything is saved or evaluated
+            return planned, peak()
+
+_, before = steps(sys.argv[2] + "/small", depth=1, seq_len=32, batch_size=2)  # so that the libraries' own pages are there before
+planned, after = steps(sys.argv[2] + "/run", **json.loads(sys.argv[3]))
+print(json.dumps([planned, after - before]))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(sys.platform != "linux", reason="ru_maxrss is in other units elsewhere")
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"depth": 8, "seq_len": 64, "batch_size": 2, "optimizer": "adamw"},
+        {"depth": 8, "seq_len": 64, "batch_size": 2, "optimizer": "muon"},
+        {"depth": 4, "seq_len": 256, "batch_size": 16, "micro_batch_size": 16},
+        {"depth": 4, "seq_len": 128, "batch_size": 8, "micro_batch_size": 4, "family": "gpt2"},
+    ],
+    ids=["mostly AdamW", "mostly Muon", "mostly activations", "micro-batches"],
+)
+def test_a_run_takes_the_memory_that_its_plan_says(tmp_path: Path, settings: dict[str, Any]) -> None:
+    """The steps of a whole run in one process, to a third of the plan."""
+    packed = make_packed(tmp_path / "packed", num_words=8000, val_words=300)
+    command = [sys.executable, "-c", MEASURE_RUN, str(packed), str(tmp_path), json.dumps(settings)]
+    done = subprocess.run(command, env={**os.environ, "OMP_NUM_THREADS": "1"}, capture_output=True, text=True, timeout=600)
+    assert done.returncode == 0, done.stderr
+    planned, taken = json.loads(done.stdout)
+    assert taken == pytest.approx(planned, rel=1 / 3)
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(sys.platform != "linux", reason="reads the peak of memory in /proc")
 @pytest.mark.parametrize("shape", [(8, 2, 128, 8192), (4, 8, 256, 2048)], ids=["mostly weights", "mostly activations"])
