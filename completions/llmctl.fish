@@ -63,7 +63,7 @@ complete -c llmctl -n '__llmctl_at \'pretrain\'' -l sample-every -x -d 'Steps be
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l sample-prompt -x -d 'Beginning of the sample texts'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l sample-tokens -x -d 'Tokens of a sample text'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l save-every -x -d 'Steps between checkpoints; 0 saves at the end only'
-complete -c llmctl -n '__llmctl_at \'pretrain\'' -l async-save -d 'Write checkpoints while training goes on, from a copy of the state in the CPU\'s memory; not with fsdp or tp'
+complete -c llmctl -n '__llmctl_at \'pretrain\'' -l async-save -d 'Write checkpoints while training goes on, from a copy of the state in the CPU\'s memory'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l no-async-save -d 'The opposite of --async-save'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l log-every -x -d 'Steps between lines of progress'
 complete -c llmctl -n '__llmctl_at \'pretrain\'' -l keep-last -x -d 'Checkpoints to keep; never fewer than two'

@@ -87,8 +87,8 @@ class RunFolder:
         """Keep what the run set out to do, and on what machine."""
         write_json(self.path / PLAN_NAME, {"plan": _finite(plan), "machine": machine})
 
-    def set_status(self, state: State, *, step: int, num_steps: int, message: str | None = None) -> None:
-        """Say where the run stands."""
+    def set_status(self, state: State, *, step: int, num_steps: int, message: str | None = None, resume: str | None = None) -> None:
+        """Say where the run stands; `resume` is the command that goes on with it."""
         if not self._writes:
             return
         status = {
@@ -96,6 +96,7 @@ class RunFolder:
             "step": step,
             "num_steps": num_steps,
             "message": message,
+            "resume": resume,
             "pid": os.getpid(),
             "host": socket.gethostname(),
             "updated_unix_s": round(time.time(), 3),

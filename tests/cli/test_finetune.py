@@ -46,6 +46,22 @@ def test_a_run_ends_well_and_is_told_as_json(place: Path) -> None:
     assert again.returncode == 0, again.stderr
 
 
+def test_a_run_with_adapters_goes_on_with_flags_of_adapters_and_no_method(place: Path, tmp_path: Path) -> None:
+    run_dir, adapters = tmp_path / "run", ("--lora-rank", 4, "--lora-alpha", 8)
+    assert finetune(place, "--data", place / "rows.jsonl", "-o", run_dir, "--method", "lora", *adapters).returncode == 0
+    budget = ("--allow-change", "max-steps", "--max-steps", 3)
+    again = llmctl("finetune", "-o", run_dir, "--resume", *adapters, *budget)
+    assert again.returncode == 0, again.stderr
+    assert json.loads((run_dir / "status.json").read_text())["step"] == 3
+    other = llmctl("finetune", "-o", run_dir, "--resume", "--lora-rank", 8)
+    assert other.returncode == 2
+    assert "--allow-change lora_rank" in last_line(other)
+    nothing = finetune(place, "--data", place / "rows.jsonl", "-o", tmp_path / "new", "--auto-resume", "--lora-rank", 4)
+    assert nothing.returncode == 2
+    assert "--lora-rank needs --method lora" in last_line(nothing)
+    assert not (tmp_path / "new").exists()
+
+
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [

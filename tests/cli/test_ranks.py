@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -87,6 +88,8 @@ def test_a_signal_to_the_launcher_saves_once_and_one_process_goes_on(packed: Pat
     assert len([line for line in errors.splitlines() if line.startswith("model ")]) == 1, "both ranks drew"
     stopped = status(run_dir)
     assert stopped["state"] == "interrupted"
+    assert last.endswith(f"go on with: {stopped['resume']}")
+    assert stopped["resume"] == f"llmctl pretrain --out-dir {run_dir} --resume --device cpu --nproc 2"
     newest = step_folders(run_dir)[-1]
     assert newest.name == f"step-{stopped['step']:08}"
     check_manifest(newest, hashes=True)
@@ -185,6 +188,22 @@ def test_a_master_that_is_not_there_is_one_line_in_time(packed: Path, tmp_path: 
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=240)
     assert done.returncode == 1
     assert done.stderr.splitlines()[-1].startswith("llmctl: error: rank 0 of 2 cannot meet the others at 127.0.0.1:")
+    assert not (tmp_path / "run").exists()
+
+
+def test_a_port_that_is_taken_is_one_line_in_time(packed: Path, tmp_path: Path) -> None:
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        environment = {**ENVIRONMENT, "RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        command = [sys.executable, "-m", "llmctl", *arguments(packed, tmp_path / "run", "--rank-timeout", "600")]
+        # no rank 1 comes: what ends the process is that the port is taken, long before its patience does
+        done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 1
+    assert "Traceback" not in done.stderr
+    (line,) = (line for line in done.stderr.splitlines() if line.startswith("llmctl: "))
+    assert line.startswith(f"llmctl: error: rank 0 of 2 cannot listen at 127.0.0.1:{port} (MASTER_ADDR, MASTER_PORT)")
     assert not (tmp_path / "run").exists()
 
 

@@ -13,7 +13,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 ADDRESSES = {"a": "10.77.0.1", "b": "10.77.0.2"}
-PATIENCE_S = 240
+PATIENCE_S = 600
 
 
 def lay_cable() -> None:

@@ -102,15 +102,8 @@ def folders(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
     return {path.name: path for path in root.iterdir()}
 
 
-@pytest.mark.parametrize(
-    ("kind", "dtype"),
-    [
-        ("single", "stored"),
-        ("sharded", "bfloat16"),
-        pytest.param("single", "bfloat16", marks=pytest.mark.slow),
-        pytest.param("sharded", "stored", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("kind", ["single", "sharded"])
+@pytest.mark.parametrize("dtype", ["stored", "bfloat16"])
 def test_a_directory_lands_once(kind: str, dtype: str, folders: dict[str, Path]) -> None:
     peak, held, name = peak_of_loading(folders[kind], dtype)
     config, _, _ = load_config(folders[kind])
@@ -119,7 +112,7 @@ def test_a_directory_lands_once(kind: str, dtype: str, folders: dict[str, Path])
     assert peak < held + ALLOWED_BYTES
 
 
-@pytest.mark.parametrize("dtype", [pytest.param("F32", marks=pytest.mark.slow), "Q8_0"])
+@pytest.mark.parametrize("dtype", ["F32", "Q8_0"])
 def test_a_gguf_file_lands_once(dtype: str, folders: dict[str, Path], tmp_path: Path) -> None:
     gguf = pytest.importorskip("gguf")
     from llmctl.core.checkpoint import load_model

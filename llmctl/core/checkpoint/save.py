@@ -69,7 +69,8 @@ def save_model(
     temporary one that the caller renames: nothing here is atomic or fsynced. Raises WriteError when the disk is full.
 
     `share` (rank, ranks): several processes call it together, and each writes some of the weight files. They look up all
-    of `tensors` in the same order, so that a look-up may gather a tensor from them all; none holds more than a file.
+    of `tensors` in the same order, so that a look-up may gather a tensor from them all; none holds more than a file. What
+    `names_in_share` leaves out may be on the meta device.
     """
     record = family_named(family)
     dtype = tensors["embed.weight"].dtype if dtype is None else dtype
@@ -160,17 +161,7 @@ def _write_share(
 ) -> None:
     """The weight files number rank, rank + ranks, ...; and on rank 0 the index. What is in which file follows from shapes."""
     rank, ranks = share
-    bindings = bindings_of(family, config)
-    sizes = [sum(math.prod(shape) for shape in binding.our_shapes) * dtype.itemsize for binding in bindings]
-    limit = min(max_shard_bytes, -(-sum(sizes) // ranks))
-    files: list[list[Binding]] = [[]]
-    filled = 0
-    for binding, num_bytes in zip(bindings, sizes, strict=True):
-        if files[-1] and filled + num_bytes > limit:
-            files.append([])
-            filled = 0
-        files[-1].append(binding)
-        filled += num_bytes
+    files, total_bytes = _files_of(family, config, dtype, max_shard_bytes, ranks)
     names = _file_names(len(files))
     for number, (name, members) in enumerate(zip(names, files, strict=True)):
         held = {}
@@ -182,7 +173,32 @@ def _write_share(
             write_file(directory / name, held)
     if rank == 0 and len(files) > 1:
         table = {binding.theirs: name for name, members in zip(names, files, strict=True) for binding in members}
-        write_json(directory / INDEX_NAME, {"metadata": {"total_size": sum(sizes)}, "weight_map": table})
+        write_json(directory / INDEX_NAME, {"metadata": {"total_size": total_bytes}, "weight_map": table})
+
+
+def _files_of(family: Family, config: ModelConfig, dtype: torch.dtype, max_shard_bytes: int, ranks: int) -> tuple[list[list[Binding]], int]:
+    """What is in which file when so many ranks write them, and the bytes of all."""
+    bindings = bindings_of(family, config)
+    sizes = [sum(math.prod(shape) for shape in binding.our_shapes) * dtype.itemsize for binding in bindings]
+    limit = min(max_shard_bytes, -(-sum(sizes) // ranks))
+    files: list[list[Binding]] = [[]]
+    filled = 0
+    for binding, num_bytes in zip(bindings, sizes, strict=True):
+        if files[-1] and filled + num_bytes > limit:
+            files.append([])
+            filled = 0
+        files[-1].append(binding)
+        filled += num_bytes
+    return files, sum(sizes)
+
+
+def names_in_share(
+    config: ModelConfig, family: str, share: tuple[int, int], *, dtype: torch.dtype, max_shard_bytes: int = MAX_SHARD_BYTES
+) -> set[str]:
+    """The decoder's tensors that `save_model` writes with such a `share`; those of others may be on the meta device then."""
+    rank, ranks = share
+    files, _ = _files_of(family_named(family), config, dtype, max_shard_bytes, ranks)
+    return {name for members in files[rank::ranks] for binding in members for name in binding.ours}
 
 
 def _tensor_of(name: str, tensors: Mapping[str, Tensor], config: ModelConfig) -> Tensor:

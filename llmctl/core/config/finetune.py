@@ -134,11 +134,9 @@ class FinetuneConfig:
 
     def __post_init__(self) -> None:
         check_fields(self)
-        if self.method != "lora":
-            beside = [f for f in options_of(type(self)) if f.name in _LORA_FIELDS and getattr(self, f.name) != f.default]
-            if beside:
-                raise UsageError(f"{flag_of(beside[0])} needs --method lora")
-        elif self.resize_vocab:
+        if not (self.resume or self.auto_resume or self.resume_from is not None):
+            self._check_method()  # of a run to go on with, the folder says the method
+        if self.method == "lora" and self.resize_vocab:
             raise UsageError("--resize-vocab does not go with --method lora, which leaves the embeddings as they are; use --method full")
         if not self.target_names or ("all-linear" in self.target_names and len(self.target_names) > 1):
             raise UsageError(f"--lora-targets {','.join(self.lora_targets)}: module names are wanted, or all-linear alone")
@@ -156,11 +154,16 @@ class FinetuneConfig:
         mesh = parse_mesh(self.mesh, num_processes=self.nproc)
         if self.offload and not mesh.shards:
             raise UsageError("--offload: give a --mesh with fsdp, whose parts of the model can wait in the CPU's memory")
-        if self.method == "lora" and mesh.shards:
-            raise UsageError(f"--mesh {self.mesh}: adapters are trained on whole copies of the model; use dp alone with --method lora")
+        if self.lora_dropout and mesh.tp > 1:
+            raise UsageError("--lora-dropout: falls on whole inputs, and a process of tp sees a part of some; use fsdp, or leave it out")
         if self.max_time is not None:
             seconds(self.max_time, flag="--max-time")
         skips_allowed(self.nonfinite)
+
+    def _check_method(self) -> None:
+        beside = [f for f in options_of(type(self)) if f.name in _LORA_FIELDS and getattr(self, f.name) != f.default]
+        if beside and self.method != "lora":
+            raise UsageError(f"{flag_of(beside[0])} needs --method lora")
 
     @property
     def target_names(self) -> tuple[str, ...]:
@@ -168,7 +171,8 @@ class FinetuneConfig:
         return tuple(dict.fromkeys(name.strip() for entry in self.lora_targets for name in entry.split(",") if name.strip()))
 
     def with_defaults(self) -> "FinetuneConfig":
-        """The same with those defaults filled in that hang on other settings."""
+        """The same with those defaults filled in that hang on other settings. Raises UsageError for adapters that nothing asks for."""
+        self._check_method()
         rate = self.learning_rate if self.learning_rate is not None else _LEARNING_RATES[self.method]
         alpha = self.lora_alpha
         if self.method == "lora" and alpha is None:

@@ -137,9 +137,7 @@ class PretrainConfig:
     save_every: int | None = option(
         None, "Steps between checkpoints; 0 saves at the end only. [default: a tenth of the run]", minimum=0, panel=_RUN
     )
-    async_save: bool = option(
-        False, "Write checkpoints while training goes on, from a copy of the state in the CPU's memory; not with fsdp or tp.", panel=_RUN
-    )
+    async_save: bool = option(False, "Write checkpoints while training goes on, from a copy of the state in the CPU's memory.", panel=_RUN)
     log_every: int = option(10, "Steps between lines of progress.", minimum=1, panel=_RUN)
     keep_last: int = option(2, "Checkpoints to keep; never fewer than two.", minimum=2, panel=_RUN)
     resume: bool = option(False, "Go on from the newest good checkpoint of --out-dir.", panel=_RUN)
@@ -227,9 +225,8 @@ class PretrainConfig:
         if self.plan_for is not None and not self.dry_run:
             raise UsageError("--plan-for: a plan for other machines; give --dry-run with it")
         mesh = parse_mesh(self.mesh, num_processes=self.nproc)
-        if self.async_save and (mesh.shards or self.on_full == "wait"):
-            other = f"--mesh {self.mesh}, whose processes save together" if mesh.shards else "--on-full wait, which stops the training"
-            raise UsageError(f"--async-save does not go with {other}")
+        if self.async_save and self.on_full == "wait":
+            raise UsageError("--async-save does not go with --on-full wait, which stops the training")
         if self.offload and not mesh.shards:
             raise UsageError("--offload: give a --mesh with fsdp, whose parts of the model can wait in the CPU's memory")
         if self.max_time is not None:

@@ -2,18 +2,19 @@
 
 Of a process alone every method is the identity, so that callers have one path. All ranks must call the same methods in
 the same order. Waiting is of two kinds: in a step a rank waits `timeout_s` for the others and then gives up; while rank
-0 works alone (a save, a sample) the others wait as long as it takes, and hear its beats through the store. A rank that dies
-is noticed at once, since its connections close.
+0 works alone (a sample), or each does its part of something long (a save), they wait as long as it takes and listen for
+each other's beats; see beats.py. A rank that dies is noticed at once, since its connections close.
 """
 
 import contextlib
+import copy
+import itertools
 import json
 import os
 import threading
-import time
 from collections.abc import Callable, Iterator
 from datetime import timedelta
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -22,15 +23,16 @@ from torch._C._distributed_c10d import PrefixStore, Store  # what torch.distribu
 from torch.distributed.rendezvous import rendezvous
 
 from llmctl.core import errors
+from llmctl.core.distributed.beats import Beats, another_client
 from llmctl.core.distributed.place import ALONE, Place, place_of
 from llmctl.core.errors import Interrupted, LlmctlError, LostRankError, UsageError
 
 _PATIENCE = timedelta(minutes=30)
-_BEAT = "beat"
-_BEATS = 5
-"""So often within its patience a rank hears of rank 0."""
 _LOST = ("Connection closed", "Connection reset", "Broken pipe", "imed out", "timeout", "gloo", "NCCL", "store", "Socket")
 """Words in what torch.distributed says when another rank is gone or silent: gloo raises plain RuntimeErrors."""
+
+
+ResultT = TypeVar("ResultT")
 
 
 class Ranks:
@@ -44,27 +46,43 @@ class Ranks:
         place: Place = ALONE,
         *,
         patient: "dist.ProcessGroup | None" = None,
-        peers: int = 1,
-        data: "dist.ProcessGroup | None" = None,
         timeout_s: float = 0.0,
         store: "Store | None" = None,
+        beats: Beats | None = None,
     ) -> None:
         self.place = place
-        self._timeout_s, self._store = timeout_s, store
-        self._turn = 0
+        self._timeout_s, self._store, self._beats = timeout_s, store, beats
+        self._turns = itertools.count(1)
         self.patient = patient
-        """The gloo group that waits as long as it takes."""
-        self._peers, self._data = peers, data
+        """The gloo group that waits as long as it takes; what uses it is `watched`."""
+        self._everyone: dist.ProcessGroup | None = None
+        self._peers = 1
+        self._data: dist.ProcessGroup | None = None
 
     def with_peers(self, peers: int) -> "Ranks":
         """The same, with so many neighbours that take the same rows. All ranks call it."""
         if peers == 1 or self.size == 1:
             return self
-        timeout = timedelta(seconds=self._timeout_s)
-        groups = [dist.new_group(list(range(first, self.size, peers)), timeout=timeout) for first in range(peers)]
-        return Ranks(
-            self.place, patient=self.patient, peers=peers, data=groups[self.rank % peers], timeout_s=self._timeout_s, store=self._store
-        )
+        groups = [dist.new_group(list(range(first, self.size, peers)), timeout=self.timeout) for first in range(peers)]
+        result = copy.copy(self)
+        group = groups[self.rank % peers]
+        assert isinstance(group, dist.ProcessGroup)
+        result._peers, result._data = peers, group
+        return result
+
+    def apart(self) -> "Ranks":
+        """The same ranks with groups and turns of their own, for a thread that works beside this one. All ranks call it."""
+        if self.size == 1:
+            return self
+        assert self._store is not None
+        result = copy.copy(self)
+        result._turns = itertools.count(1)
+        result._store = PrefixStore(f"apart/{next(self._turns)}", another_client(self._store))
+        group = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        assert isinstance(group, dist.ProcessGroup)
+        result.patient = result._everyone = result._data = group
+        result._peers = 1
+        return result
 
     @property
     def rank(self) -> int:
@@ -80,6 +98,11 @@ class Ranks:
     def is_main(self) -> bool:
         """Whether this process writes files and draws."""
         return self.place.is_main
+
+    @property
+    def timeout(self) -> timedelta:
+        """How long a rank waits for another in a step."""
+        return timedelta(seconds=self._timeout_s)
 
     @contextlib.contextmanager
     def contact(self) -> Iterator[None]:
@@ -115,7 +138,7 @@ class Ranks:
         """The sum over all ranks, in place."""
         if self.size > 1:
             with self.contact():
-                dist.all_reduce(tensor)
+                dist.all_reduce(tensor, group=self._everyone)
         return tensor
 
     def total(self, number: float) -> float:
@@ -128,7 +151,7 @@ class Ranks:
             return number
         tensor = torch.tensor(number)
         with self.contact():
-            dist.all_reduce(tensor, op=dist.ReduceOp.MAX)
+            dist.all_reduce(tensor, op=dist.ReduceOp.MAX, group=self._everyone)
         return int(tensor)
 
     def agreed(self, ask: Callable[[], int | None]) -> Callable[[], int | None]:
@@ -152,13 +175,14 @@ class Ranks:
             except BaseException as error:
                 failure, answer = error, _described(error)
         assert self._store is not None
-        self._turn += 1
-        key = f"turn/{self._turn}"
+        assert self._beats is not None
+        key = f"turn/{next(self._turns)}"
         if self.is_main:
             with self.contact():
                 self._store.set(key, json.dumps(answer))  # JSON rather than torch's object lists, which are pickles
         else:
-            answer = self._await(key)
+            with self.contact():
+                answer = json.loads(self._beats.value_of(self._store, key).decode())
         if failure is not None:
             raise failure
         if "error" in answer:
@@ -169,21 +193,48 @@ class Ranks:
         """The values of all ranks, in their order, on all of them; each is something that JSON can hold."""
         if self.size == 1:
             return [value]
+        self.wait()
         data = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
         lengths = [torch.zeros((), dtype=torch.int64) for _ in range(self.size)]
         with self.contact():
-            dist.all_gather(lengths, torch.tensor(len(data)), group=self.patient)
+            dist.all_gather(lengths, torch.tensor(len(data)), group=self._everyone)
             padded = torch.zeros(max(int(length) for length in lengths), dtype=torch.uint8)
             padded[: len(data)] = data
             parts = [torch.empty_like(padded) for _ in range(self.size)]
-            dist.all_gather(parts, padded, group=self.patient)
+            dist.all_gather(parts, padded, group=self._everyone)
         return [json.loads(bytes(part[: int(length)].numpy()).decode()) for part, length in zip(parts, lengths, strict=True)]
 
     def wait(self) -> None:
         """Until all ranks are here, however long one of them takes."""
-        if self.size > 1:
-            with self.contact():
-                dist.barrier(group=self.patient)
+        if self.size == 1:
+            return
+        assert self._store is not None
+        assert self._beats is not None
+        key = f"here/{next(self._turns)}"
+        with self.contact():
+            if self._store.add(key, 1) == self.size:
+                self._store.set(f"{key}/all", "")
+            self._beats.value_of(self._store, f"{key}/all")
+
+    def leave(self) -> None:
+        """Until all ranks are here and have no more to ask of the store, which may end with one of them."""
+        self.wait()
+        with self.contact():
+            dist.barrier(group=self.patient)
+
+    def join(self, thread: threading.Thread) -> None:
+        """Until `thread`, which works together with other ranks, has ended. Raises LostRankError when one of them is lost."""
+        if self._beats is None:
+            thread.join()
+        else:
+            self._beats.join(thread)
+
+    def watched(self, work: Callable[[], ResultT]) -> ResultT:
+        """`work` that all ranks do together through `patient`. Raises LostRankError when one of them is lost meanwhile."""
+        if self._beats is None:
+            return work()
+        with self.contact():
+            return self._beats.watched(work)
 
     def all_or_none(self, work: Callable[[], None], *, doing: str) -> None:
         """Do `work` on each rank; when it fails on one with an LlmctlError, raise a WriteError on all of them."""
@@ -197,25 +248,6 @@ class Ranks:
             raise errors.WriteError(f"another rank failed at {doing}; see its error")
         if failure is not None:
             raise failure
-
-    def _await(self, key: str) -> dict[str, Any]:
-        """What rank 0 leaves under `key`, however long it works; its beats tell that it still does."""
-        assert self._store is not None
-        seen, since = b"", time.monotonic()
-        with self.contact():
-            while True:
-                try:
-                    self._store.wait([key], timedelta(seconds=self._timeout_s / _BEATS))
-                    told: dict[str, Any] = json.loads(self._store.get(key).decode())
-                    return told
-                except dist.DistNetworkError:
-                    raise
-                except dist.DistStoreError:  # not there yet
-                    beat = self._store.get(_BEAT)
-                if beat != seen:
-                    seen, since = beat, time.monotonic()
-                elif time.monotonic() - since > self._timeout_s:
-                    raise LostRankError(f"rank {self.rank} has heard nothing of rank 0 for {self._timeout_s:g} s; go on with --resume")
 
 
 def _described(error: BaseException) -> dict[str, Any]:
@@ -247,36 +279,16 @@ def joined(*, cuda: bool, timeout_s: float) -> Iterator[Ranks]:
     if cuda:
         torch.cuda.set_device(place.local_rank)
     store, patient = _connect(place, cuda=cuda, timeout_s=timeout_s)
-    ranks = Ranks(place, patient=patient, timeout_s=timeout_s, store=store)
-    with _beating(store, timeout_s / _BEATS) if place.is_main else contextlib.nullcontext():
+    beats = Beats(store, place, timeout_s=timeout_s)
+    ranks = Ranks(place, patient=patient, timeout_s=timeout_s, store=store, beats=beats)
+    with beats.going():
         try:
             yield ranks
         except Interrupted:  # which all have agreed on
-            ranks.wait()
+            ranks.leave()
             raise
-        ranks.wait()
+        ranks.leave()
     dist.destroy_process_group()
-
-
-@contextlib.contextmanager
-def _beating(store: Store, every_s: float) -> Iterator[None]:
-    """Within it a thread tells again and again that this process lives, so that one cut off by the network is missed."""
-    stopped = threading.Event()
-
-    def beat() -> None:
-        count = 0
-        with contextlib.suppress(RuntimeError):  # a store that is gone; the next collective says so
-            while not stopped.wait(every_s):
-                count += 1
-                store.set(_BEAT, str(count))
-
-    store.set(_BEAT, "0")
-    thread = threading.Thread(target=beat, name="llmctl-beat", daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        stopped.set()
 
 
 def _connect(place: Place, *, cuda: bool, timeout_s: float) -> "tuple[Store, dist.ProcessGroup]":
@@ -290,6 +302,11 @@ def _connect(place: Place, *, cuda: bool, timeout_s: float) -> "tuple[Store, dis
         dist.init_process_group(backend, store=group_store, rank=place.rank, world_size=place.size, timeout=timeout)
         patient = dist.new_group(backend="gloo", timeout=_PATIENCE)
     except (RuntimeError, ValueError) as error:
+        if "EADDRINUSE" in str(error):
+            raise LlmctlError(
+                f"rank {place.rank} of {place.size} cannot listen at {where} (MASTER_ADDR, MASTER_PORT): the port is taken,"
+                " perhaps by another run; give a free one"
+            ) from error
         raise LostRankError(
             f"rank {place.rank} of {place.size} cannot meet the others at {where} (MASTER_ADDR, MASTER_PORT)"
             f" within {timeout_s:g} s: {errors.first_line(error)}; is rank 0 up, the port free and let through?"

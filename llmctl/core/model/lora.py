@@ -55,28 +55,30 @@ class AdapterDropout:
 
 
 class LoraLinear(nn.Module):
-    """A frozen `nn.Linear` with an adapter beside it. `weight` and `bias` keep their names; A may be another module's.
+    """A frozen `nn.Linear` with an adapter beside it. `weight` and `bias` keep their names; A may be that of `sharing`.
 
     `place` tells the inputs apart that `dropout` falls on; those who share an A have one.
     """
 
     def __init__(
-        self, frozen: nn.Linear, config: LoraConfig, *, dropout: AdapterDropout, place: int, shared: nn.Parameter | None = None
+        self, frozen: nn.Linear, config: LoraConfig, *, dropout: AdapterDropout, place: int, sharing: "LoraLinear | None" = None
     ) -> None:
         super().__init__()
         self.weight, self.bias = frozen.weight, frozen.bias
         outputs, inputs = frozen.weight.shape
         device = frozen.weight.device
-        if shared is None:
-            shared = self.lora_a = nn.Parameter(torch.empty(config.rank, inputs, dtype=torch.float32, device=device))
-        self._a = (shared,)  # in a tuple, so that a parameter of another module is not registered a second time
+        if sharing is None:
+            self.lora_a = nn.Parameter(torch.empty(config.rank, inputs, dtype=torch.float32, device=device))
+        # the module and not its parameter, which what spreads a model puts another in place of;
+        # in a tuple, so that it is not registered a second time
+        self._with_a = (self if sharing is None else sharing,)
         self.lora_b = nn.Parameter(torch.zeros(outputs, config.rank, dtype=torch.float32, device=device))
         self._scale, self._dropout, self._place = config.scale, dropout, place
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., I) -> (..., O)."""
-        (a,) = self._a
-        inner = F.linear(self._dropout(x, self._place), a)  # (..., r)
+        (owner,) = self._with_a
+        inner = F.linear(self._dropout(x, self._place), owner.lora_a)  # (..., r)
         return F.linear(x, self.weight, self.bias) + F.linear(inner, self.lora_b) * self._scale
 
 
@@ -90,17 +92,17 @@ def add_adapters(model: Decoder, groups: Sequence[Sequence[str]], config: LoraCo
     model.requires_grad_(False)
     generator, dropout = torch.Generator().manual_seed(seed), AdapterDropout()
     for place, names in enumerate(groups):
-        shared: nn.Parameter | None = None
+        first: LoraLinear | None = None
         for name in names:
             parent, _, child = name.rpartition(".")
             owner = model.get_submodule(parent)
             frozen = getattr(owner, child)
-            adapted = LoraLinear(frozen, config, dropout=dropout, place=place, shared=shared)
-            if shared is None:
-                shared = adapted.lora_a
+            adapted = LoraLinear(frozen, config, dropout=dropout, place=place, sharing=first)
+            if first is None:
+                first = adapted
                 bound = 1 / math.sqrt(frozen.weight.shape[1])
                 with torch.no_grad():
-                    shared.copy_(torch.empty(shared.shape).uniform_(-bound, bound, generator=generator))
+                    first.lora_a.copy_(torch.empty(first.lora_a.shape).uniform_(-bound, bound, generator=generator))
             setattr(owner, child, adapted)
     return dropout
 

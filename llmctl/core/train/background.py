@@ -20,7 +20,8 @@ class Background:
         """Start on the checkpoint of `step`; `work` writes it and gives its size (None on ranks that do not write)."""
         self.step, self.started, self._failure, self._num_bytes = step, time.perf_counter(), None, 0
         if work is not None:
-            self._thread = threading.Thread(target=self._run, args=(work,), name="llmctl-save")
+            # a daemon: `wait` sees to it that the work is done, and where another rank is lost it may never be
+            self._thread = threading.Thread(target=self._run, args=(work,), name="llmctl-save", daemon=True)
             self._thread.start()
 
     def _run(self, work: Callable[[], int]) -> None:
@@ -29,15 +30,15 @@ class Background:
         except BaseException as error:  # raised where the result is asked for
             self._failure = error
 
-    def wait(self) -> None:
-        """Until nothing is being written any more."""
+    def wait(self, join: Callable[[threading.Thread], None] = threading.Thread.join) -> None:
+        """Until nothing is being written any more; `join` waits for a thread, and may raise instead."""
         if self._thread is not None:
-            self._thread.join()
-            self._thread = None
+            thread, self._thread = self._thread, None
+            join(thread)
 
-    def result(self) -> int:
+    def result(self, join: Callable[[threading.Thread], None] = threading.Thread.join) -> int:
         """Wait for the checkpoint; its size in bytes. Raises what went wrong."""
-        self.wait()
+        self.wait(join)
         if self._failure is not None:
             raise self._failure
         return self._num_bytes

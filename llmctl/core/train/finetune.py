@@ -3,7 +3,6 @@
 import dataclasses
 import hashlib
 import json
-import shlex
 from collections.abc import Callable, Generator, Iterator
 from pathlib import Path
 from typing import Any, cast
@@ -48,6 +47,7 @@ from llmctl.core.train.plan import (
     settings_of,
     train_subject,
 )
+from llmctl.core.train.resuming import resume_command
 
 SKIPPED_NAME = "skipped_rows.jsonl"
 """In the run folder: the rows that --on-error skip left out."""
@@ -226,7 +226,7 @@ class _Finetune:
             model = model if where.mesh.shards else model.to(where.device)
             output = WholeModel(config=architecture, family=family, tokenizer=tokenizer, generation=generation, card=card)
         else:
-            model = base.loaded.model.to(where.device, where.dtype)
+            model = base.loaded.model.to(None if where.mesh.shards else where.device, where.dtype)
             dropout = add_adapters(model, self._adapters.groups, self._adapters.lora, seed=config.seed)
             if config.lora_dropout:
                 objective = AdapterNextToken(dropout=dropout, rate=config.lora_dropout, seed=config.seed)
@@ -262,7 +262,7 @@ class _Finetune:
                 "model": json.loads(json.dumps(dataclasses.asdict(architecture))),
                 "base_model": base.fingerprint,
             },
-            resume_command=f"llmctl finetune --out-dir {shlex.quote(str(config.out_dir))} --resume",
+            resume_command=resume_command("finetune", config),
             hidden_matrices=tuple(n for n, p in model.named_parameters() if p.requires_grad and is_hidden_matrix(n, p.ndim)),
             held_out=self._evaluation(),
             resume=checkpoint,

@@ -4,6 +4,7 @@ Pre-training and fine-tuning hand it a TrainJob; what differs between them is th
 how a model directory is written and read.
 """
 
+import contextlib
 import math
 import time
 from collections.abc import Callable, Iterator
@@ -15,7 +16,7 @@ import torch
 from torch import Tensor
 
 from llmctl.core.data.loader import Batch, Prefetcher, prefetch
-from llmctl.core.errors import Interrupted, LlmctlError, NonFiniteError
+from llmctl.core.errors import Interrupted, LlmctlError, LostRankError, NonFiniteError
 from llmctl.core.train import state as checkpoints
 from llmctl.core.train.background import Background
 from llmctl.core.train.evaluation import HeldOutLoss, Stopped, evaluate
@@ -82,6 +83,8 @@ class Trainer:
         self._started = time.perf_counter()
         self.saved_step: int | None = None
         self.background = Background()
+        self.apart = job.ranks.apart() if job.mesh.shards else job.ranks
+        """The ranks as the thread knows them that writes checkpoints."""
         self._last_loss: float | None = None
         self.last_eval: EvalDone | None = None
         self._look_every = 1 if job.device.type == "cpu" or job.loop.nonfinite_skips else job.loop.log_every
@@ -134,13 +137,20 @@ class Trainer:
             self.status("failed", f"{type(error).__name__}: {error}")
             raise
         finally:
-            self.background.wait()
+            with contextlib.suppress(LostRankError):  # of a job that has ended for that reason already
+                self.background.wait(self._ranks.join)
             self._write_profile()
             job.run.metrics.close()
 
     def status(self, name: Literal["running", "interrupted", "failed", "done"], message: str | None = None) -> None:
         try:
-            self.job.run.set_status(name, step=self.step, num_steps=self.job.schedule.num_steps, message=message)
+            self.job.run.set_status(
+                name,
+                step=self.step,
+                num_steps=self.job.schedule.num_steps,
+                message=message,
+                resume=None if name == "done" else self.job.resume_command,
+            )
         except LlmctlError:
             if name == "running":
                 raise  # a folder that cannot hold a status cannot hold a checkpoint either

@@ -1,7 +1,7 @@
 """What a checkpoint holds of a model, written and read back: the whole of it, or an adapter. Knows directories; knows no loop."""
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
@@ -12,10 +12,12 @@ from torch import Tensor
 from llmctl.core.card import CardFacts, model_card
 from llmctl.core.checkpoint import load_model, save_adapter, save_model
 from llmctl.core.checkpoint.adapter import adaptable_modules, choose_modules, our_arrays, read_adapter
+from llmctl.core.checkpoint.save import names_in_share
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.families import family_named
+from llmctl.core.families.base import Binding
 from llmctl.core.files import CARD_NAME, read_manifest, write_text
-from llmctl.core.model.lora import LoraConfig, adapter_tensors
+from llmctl.core.model.lora import A_NAME, B_NAME, LoraConfig, adapter_tensors
 from llmctl.core.tokenizer import Tokenizer
 
 
@@ -29,6 +31,10 @@ class Output(Protocol):
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
         """Write it into `folder`, which exists, from float32 tensors by decoder name; several ranks each a `share` (see save_model)."""
+        ...
+
+    def names_of(self, share: tuple[int, int]) -> Collection[str]:
+        """The tensors that `write` looks into with such a `share`; of the others it wants the shapes."""
         ...
 
     def read(self, folder: Path) -> Mapping[str, Tensor]:
@@ -67,6 +73,10 @@ class WholeModel:
         if share[0] == 0:
             write_text(folder / CARD_NAME, model_card(self.card))
 
+    def names_of(self, share: tuple[int, int]) -> Collection[str]:
+        """See Output."""
+        return names_in_share(self.config, self.family, share, dtype=torch.float32)
+
     def read(self, folder: Path) -> Mapping[str, Tensor]:
         """See Output."""
         return load_model(folder, dtype=torch.float32).model.state_dict()
@@ -89,6 +99,8 @@ class AdapterOnly:
 
     def write(self, folder: Path, tensors: Mapping[str, Tensor], share: tuple[int, int] = (0, 1)) -> None:
         """See Output."""
+        if share[0]:
+            return
         save_adapter(
             folder,
             config=self.config,
@@ -103,11 +115,18 @@ class AdapterOnly:
         )
         write_text(folder / CARD_NAME, model_card(self.card))
 
+    def names_of(self, share: tuple[int, int]) -> Collection[str]:
+        """See Output. An adapter is small: rank 0 writes all of it."""
+        names = (name for module in self._chosen.values() for name in module.ours)
+        return () if share[0] else {f"{name.removesuffix('.weight')}.{part}" for name in names for part in (A_NAME, B_NAME)}
+
+    @property
+    def _chosen(self) -> dict[str, Binding]:
+        return choose_modules(adaptable_modules(self.config, family_named(self.family)), self.targets)
+
     def read(self, folder: Path) -> Mapping[str, Tensor]:
         """See Output."""
-        family = family_named(self.family)
-        chosen = choose_modules(adaptable_modules(self.config, family), self.targets)
-        arrays = our_arrays(chosen, read_adapter(folder, self.config, family))
+        arrays = our_arrays(self._chosen, read_adapter(folder, self.config, family_named(self.family)))
         return {name: torch.from_numpy(array) for name, array in arrays.items()}
 
 

@@ -157,7 +157,7 @@ def set_up(job: TrainJob) -> tuple[MasterOptimizer | ShardedOptimizer, Parallel]
 def _spread(job: TrainJob) -> tuple[ShardedOptimizer, Parallel]:
     assert job.weights is not None
     with job.ranks.contact():
-        devices = make_device_mesh(job.mesh, job.device)
+        devices = make_device_mesh(job.mesh, job.device, job.ranks.timeout)
         parameters = shard(
             job.model,
             job.mesh,
@@ -169,13 +169,14 @@ def _spread(job: TrainJob) -> tuple[ShardedOptimizer, Parallel]:
         )
         fill(parameters, job.weights())
     model = cast(FSDPModule, job.model)
+    trained = {name: parameter for name, parameter in parameters.items() if parameter.requires_grad}
     optimizer = ShardedOptimizer(
-        parameters,
+        trained,
         job.optim,
         hidden_matrices=job.hidden_matrices,
         compute_dtype=job.compute_dtype,
         ranks=job.ranks,
-        partial=[name for name in parameters if partial_over_tp(name, job.mesh)],
+        partial=[name for name in trained if partial_over_tp(name, job.mesh)],
         tp=devices["tp"].get_group() if job.mesh.tp > 1 else None,
         reshard=model.reshard,
     )

@@ -4,7 +4,6 @@ import contextlib
 import dataclasses
 import json
 import os
-import shlex
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
@@ -48,6 +47,7 @@ from llmctl.core.train.plan import (
     settings_of,
     train_subject,
 )
+from llmctl.core.train.resuming import resume_command
 from llmctl.core.train.sampling import sampler
 from llmctl.core.train.vectors import Vectors
 
@@ -182,7 +182,7 @@ class _Pretrain:
                 "base_model": os.path.abspath(opened.base) if opened.base is not None else None,
                 "init_embeddings": os.path.abspath(config.init_embeddings) if config.init_embeddings is not None else None,
             },
-            resume_command=f"llmctl pretrain --out-dir {shlex.quote(str(config.out_dir))} --resume",
+            resume_command=resume_command("pretrain", config),
             hidden_matrices=tuple(n for n, p in model.named_parameters() if is_hidden_matrix(n, p.ndim)),
             held_out=_held_out(config, opened, sizes),
             sample=sampler(

@@ -45,9 +45,17 @@ def finish_saving(trainer: "Trainer") -> Iterator[Event]:
     if step is None:
         return
     background.step = None
-    num_bytes = int(trainer.job.ranks.on_main(background.result))
+    num_bytes = _result(trainer)
     path = checkpoints.step_folder(trainer.job.run.path, step)
     yield CheckpointSaved(step=step, path=str(path), num_bytes=num_bytes, elapsed_s=time.perf_counter() - background.started)
+
+
+def _result(trainer: "Trainer") -> int:
+    """Of what is being written: on all ranks where each writes its part, else on rank 0 for all."""
+    ranks, background = trainer.job.ranks, trainer.background
+    if isinstance(trainer.optimizer, ShardedOptimizer):
+        return background.result(ranks.join)
+    return int(ranks.on_main(background.result))
 
 
 def save(trainer: "Trainer", stop: Stop, *, behind: bool = False) -> Iterator[Event]:
@@ -75,7 +83,10 @@ def save(trainer: "Trainer", stop: Stop, *, behind: bool = False) -> Iterator[Ev
         ranks=job.ranks.size,
     )
     if behind:
-        trainer.background.begin(trainer.step, _copied(trainer, state) if job.ranks.is_main else None)
+        if isinstance(trainer.optimizer, ShardedOptimizer):
+            trainer.background.begin(trainer.step, _parts_copied(trainer, trainer.optimizer, state))
+        else:
+            trainer.background.begin(trainer.step, _copied(trainer, state) if job.ranks.is_main else None)
         trainer.saved_step = trainer.step
         return
     while True:
@@ -97,11 +108,8 @@ def _copied(trainer: "Trainer", state: checkpoints.TrainerState) -> Callable[[],
     """Copy all that a checkpoint holds; gives the function that writes it."""
     job, optimizer, expected_bytes = trainer.job, trainer.optimizer, checkpoint_bytes(trainer)
 
-    def copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
-
-    weights = copies({**job.model.state_dict(), **optimizer.masters})
-    moments, rng = copies(optimizer.state_tensors()), copies(checkpoints.rng_tensors())
+    weights = _copies({**job.model.state_dict(), **optimizer.masters})
+    moments, rng = _copies(optimizer.state_tensors()), _copies(checkpoints.rng_tensors())
 
     def write() -> int:
         _, num_bytes = checkpoints.save_checkpoint(
@@ -118,29 +126,62 @@ def _copied(trainer: "Trainer", state: checkpoints.TrainerState) -> Callable[[],
     return write
 
 
+def _copies(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: tensor.detach().to("cpu", copy=True) for name, tensor in tensors.items()}
+
+
+def _parts_copied(trainer: "Trainer", optimizer: ShardedOptimizer, state: checkpoints.TrainerState) -> Callable[[], int]:
+    """Copy what this rank writes of a checkpoint that all write together; gives the function that writes it.
+
+    The weights that go into its files are gathered here, by the groups of the steps. What a thread writes later asks nothing
+    of those groups, and no rank that writes a large file keeps others waiting in the middle of a gathering.
+    """
+    job, expected_bytes, ranks = trainer.job, checkpoint_bytes(trainer), trainer.apart
+    share = (job.ranks.rank, job.ranks.size)
+    own = job.output.names_of(share)
+
+    def gathered(parts: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Whole tensors on the CPU, of other ranks' files their shapes only."""
+        whole = optimizer.whole(parts)
+        return {name: tensor.detach().to("cpu" if name in own else "meta", copy=True) for name, tensor in whole.items()}
+
+    weights = gathered(optimizer.masters)
+    averages = gathered(optimizer.averages) if optimizer.averages and trainer.step == job.schedule.num_steps else None
+    moments, rng = _copies(optimizer.state_tensors()), _copies(checkpoints.rng_tensors())
+
+    def write_models(folder: Path) -> None:
+        job.output.write(folder, weights, share)
+        if averages is not None:
+            (folder / AVERAGE_NAME).mkdir(exist_ok=True)
+            job.output.write(folder / AVERAGE_NAME, averages, share)
+
+    def write() -> int:
+        num_bytes = save_together(
+            job.run.path, state, write_model=write_models, optimizer=moments, rng=rng, expected_bytes=expected_bytes, ranks=ranks
+        )
+        ranks.on_main(lambda: checkpoints.prune(job.run.path, keep_last=job.loop.keep_last))
+        return num_bytes
+
+    return write
+
+
 def _write(trainer: "Trainer", state: checkpoints.TrainerState) -> int:
     """Write a checkpoint and delete older ones; gives its size in bytes."""
     job, expected_bytes = trainer.job, checkpoint_bytes(trainer)
-
-    def write_models(folder: Path) -> None:
-        _write_models(trainer, folder)
-
     if isinstance(trainer.optimizer, ShardedOptimizer):
-        num_bytes = save_together(
+        trainer.background.begin(trainer.step, _parts_copied(trainer, trainer.optimizer, state))
+        trainer.background.step = None  # it is waited for at once; the thread is for hearing of a rank that is lost meanwhile
+        return _result(trainer)
+    optimizer = trainer.optimizer.state_tensors()
+    num_bytes: int = job.ranks.on_main(
+        lambda: checkpoints.save_checkpoint(
             job.run.path,
             state,
-            write_model=write_models,
-            optimizer=trainer.optimizer.state_tensors(),
+            write_model=lambda folder: _write_models(trainer, folder),
+            optimizer=optimizer,
             expected_bytes=expected_bytes,
-            ranks=job.ranks,
-        )
-    else:
-        optimizer = trainer.optimizer.state_tensors()
-        num_bytes = job.ranks.on_main(
-            lambda: checkpoints.save_checkpoint(
-                job.run.path, state, write_model=write_models, optimizer=optimizer, expected_bytes=expected_bytes
-            )[1]
-        )
+        )[1]
+    )
     job.ranks.on_main(lambda: checkpoints.prune(job.run.path, keep_last=job.loop.keep_last))
     return num_bytes
 
@@ -167,13 +208,6 @@ def _scores(done: EvalDone) -> dict[str, float]:
 
 def _write_models(trainer: "Trainer", folder: Path) -> None:
     job, optimizer = trainer.job, trainer.optimizer
-    if isinstance(optimizer, ShardedOptimizer):
-        share = (job.ranks.rank, job.ranks.size)
-        job.output.write(folder, optimizer.whole(optimizer.masters), share)
-        if optimizer.averages and trainer.step == job.schedule.num_steps:
-            (folder / AVERAGE_NAME).mkdir(exist_ok=True)
-            job.output.write(folder / AVERAGE_NAME, optimizer.whole(optimizer.averages), share)
-        return
     weights = job.model.state_dict()
     job.output.write(folder, {**weights, **optimizer.masters})
     if optimizer.averages and trainer.step == job.schedule.num_steps:

@@ -8,12 +8,15 @@ norms are whole on each. The norms within heads see only their process's heads, 
 """
 
 import itertools
+import logging
 from collections.abc import Iterable, Mapping
+from datetime import timedelta
 from typing import cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.distributed_c10d import _set_pg_timeout
 from torch.distributed.fsdp import (
     CPUOffloadPolicy,
     FSDPModule,
@@ -22,13 +25,14 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
-from torch.distributed.tensor import DTensor, Replicate
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor import DTensor, Placement, Replicate, Shard, distribute_module, distribute_tensor
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from llmctl.core.config.mesh import Mesh
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import UsageError
 from llmctl.core.model import Decoder
+from llmctl.core.model.lora import A_NAME, B_NAME, LoraLinear
 
 _COLUMNS = ("attn.q", "attn.k", "attn.v", "mlp.gate", "mlp.up")
 _ROWS = ("attn.o", "mlp.down")
@@ -54,9 +58,15 @@ def partial_over_tp(name: str, mesh: Mesh) -> bool:
     return mesh.tp > 1 and name.endswith(("attn.q_norm.weight", "attn.k_norm.weight"))
 
 
-def make_device_mesh(mesh: Mesh, device: torch.device) -> DeviceMesh:
-    """The mesh of the processes that there are, with the dimensions dp, fsdp and tp, tp varying fastest."""
-    return init_device_mesh(device.type, (mesh.dp, mesh.fsdp, mesh.tp), mesh_dim_names=("dp", "fsdp", "tp"))
+def make_device_mesh(mesh: Mesh, device: torch.device, timeout: timedelta) -> DeviceMesh:
+    """The mesh of the processes that there are, with the dimensions dp, fsdp and tp, tp varying fastest.
+
+    `timeout` is how long one of its collectives waits; groups that a mesh makes have half an hour by themselves.
+    """
+    devices = init_device_mesh(device.type, (mesh.dp, mesh.fsdp, mesh.tp), mesh_dim_names=("dp", "fsdp", "tp"))
+    for group in devices.get_all_groups():
+        _set_pg_timeout(timeout, group)
+    return devices
 
 
 def shard(
@@ -71,13 +81,15 @@ def shard(
 ) -> dict[str, DTensor]:
     """Spread `model`, which lies on the meta device; give its parameters, on `device` and not filled yet.
 
+    What is trained is held in `master_dtype`, what is frozen beside adapters in `compute_dtype`.
     `offload` keeps masters and optimizer in the CPU's memory.
     """
-    model.to(master_dtype)
+    _set_dtypes(model, trained=master_dtype, frozen=compute_dtype)
     if mesh.tp > 1:
+        # it warns that a matrix split by both fsdp and tp is gathered in two steps, which saving and reading back do
+        logging.getLogger("torch.distributed.tensor._redistribute").setLevel(logging.ERROR)
         for layer in model.layers:
-            plan = {name: ColwiseParallel() for name in _COLUMNS} | {name: RowwiseParallel() for name in _ROWS}
-            parallelize_module(layer, devices["tp"], {name: style for name, style in plan.items() if _has(layer, name)})
+            parallelize_module(layer, devices["tp"], _plan_of(layer))
     policy = MixedPrecisionPolicy(param_dtype=compute_dtype, reduce_dtype=master_dtype)
     over = devices["fsdp"] if mesh.dp == 1 else devices["dp", "fsdp"]
     elsewhere = CPUOffloadPolicy() if offload else OffloadPolicy()
@@ -95,14 +107,65 @@ def shard(
             module.set_gradient_divide_factor(1.0)  # losses are divided by the whole batch's tokens already
             module.set_force_sum_reduction_for_comms(True)  # gloo has nothing but sums
     model.to_empty(device="cpu" if offload else device)
+    if model.positions is not None and model.config.positions == "sinusoidal":
+        model.positions.init_weights(model.config, None)  # a buffer, which nobody fills
     return {name: cast(DTensor, parameter) for name, parameter in model.named_parameters()}
 
 
-def _has(layer: nn.Module, name: str) -> bool:
+def _set_dtypes(model: Decoder, *, trained: torch.dtype, frozen: torch.dtype) -> None:
+    model.to(trained)
+    for parameter in model.parameters():
+        if not parameter.requires_grad:
+            parameter.data = parameter.data.to(frozen)
+
+
+def _plan_of(layer: nn.Module) -> dict[str, ParallelStyle]:
+    """How each matrix of a layer is split over `tp`."""
+    plan: dict[str, ParallelStyle] = {}
+    for name in (*_COLUMNS, *_ROWS):
+        module = _module_of(layer, name)
+        if isinstance(module, LoraLinear):
+            plan[name] = _AdaptedParallel(by_columns=name in _COLUMNS)
+        elif module is not None:
+            plan[name] = ColwiseParallel() if name in _COLUMNS else RowwiseParallel()
+    return plan
+
+
+def _module_of(layer: nn.Module, name: str) -> nn.Module | None:
     try:
-        return layer.get_submodule(name) is not None
+        return layer.get_submodule(name)
     except AttributeError:
-        return False
+        return None
+
+
+class _AdaptedParallel(ParallelStyle):
+    """A matrix with an adapter beside it, split as ColwiseParallel or RowwiseParallel split one without.
+
+    By columns each process has its outputs' rows of W and B and all of A; by rows its inputs' columns of W and A, and all of B.
+    """
+
+    def __init__(self, *, by_columns: bool) -> None:
+        super().__init__()
+        self._by_columns = by_columns
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        split, whole = Shard(0 if self._by_columns else 1), Replicate()
+        places: dict[str, Placement] = {"weight": split}
+        places |= {A_NAME: whole, B_NAME: split} if self._by_columns else {A_NAME: split, B_NAME: whole}
+        outside, inside = (whole, Shard(-1)) if self._by_columns else (Shard(-1), whole)
+
+        def partition(_name: str, part: nn.Module, mesh: DeviceMesh) -> None:
+            for name, parameter in list(part.named_parameters(recurse=False)):
+                spread = distribute_tensor(parameter.detach(), mesh, [places[name]])
+                part.register_parameter(name, nn.Parameter(spread, requires_grad=parameter.requires_grad))
+
+        def take_in(_module: nn.Module, inputs: tuple[Tensor, ...], mesh: DeviceMesh) -> DTensor:
+            return DTensor.from_local(inputs[0], mesh, [outside], run_check=False)
+
+        def give_out(_module: nn.Module, output: DTensor, _mesh: DeviceMesh) -> Tensor:
+            return output.redistribute(placements=[inside]).to_local()
+
+        return distribute_module(module, device_mesh, partition, take_in, give_out)  # type: ignore[arg-type]
 
 
 @torch.no_grad()

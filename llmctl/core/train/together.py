@@ -9,6 +9,7 @@ import contextlib
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, cast
 
@@ -34,12 +35,15 @@ def save_together(
     *,
     write_model: Callable[[Path], None],
     optimizer: Mapping[str, Tensor],
+    rng: Mapping[str, Tensor],
     expected_bytes: int,
     ranks: Ranks,
 ) -> int:
     """Write a checkpoint, each rank its part; give its size in bytes. Raises WriteError on all ranks when one cannot write.
 
-    As state.save_checkpoint does, whose files these are: nothing has the checkpoint's name before all is there.
+    As state.save_checkpoint does, whose files these are: nothing has the checkpoint's name before all is there. `optimizer`
+    are DTensors, which may lie on the CPU; `write_model` asks nothing of other ranks. It may run in a thread, with `ranks`
+    that are `apart` from those of the steps.
     """
     target = checkpoints.step_folder(run_dir, state.step)
     with contextlib.ExitStack() as stack:
@@ -50,30 +54,36 @@ def save_together(
                 checkpoints.discard(target)
             temp = stack.enter_context(atomic_dir(target, before_rename=write_manifest))
             (temp / "trainer").mkdir()
-            save_file(checkpoints.rng_tensors(), temp / "trainer" / "rng.safetensors")
+            save_file(dict(rng), temp / "trainer" / "rng.safetensors")
             write_json(temp / "trainer" / "state.json", asdict(state))
             return str(temp)
 
         temp = Path(ranks.on_main(begin))
-        ranks.all_or_none(lambda: _write_part(temp, target, write_model, optimizer, expected_bytes, ranks), doing=f"saving {target}")
+        before = set(temp.rglob("*")) if ranks.is_main else set()
+        # one after the other: a rank whose weights find no room must not leave the others waiting for its part of the optimizer
+        for write in (lambda: write_model(temp), lambda: _write_optimizer(temp, optimizer, ranks), lambda: _sync(temp, besides=before)):
+            ranks.all_or_none(partial(_write, write, target, expected_bytes), doing=f"saving {target}")
         # leaving the block, rank 0 writes the manifest and gives the folder its name
         return int(ranks.on_main(lambda: _finish(stack, target)))
 
 
-def _write_part(
-    temp: Path, target: Path, write_model: Callable[[Path], None], optimizer: Mapping[str, Tensor], expected_bytes: int, ranks: Ranks
-) -> None:
-    before = set(temp.rglob("*")) if ranks.is_main else set()
+def _write(write: Callable[[], None], target: Path, expected_bytes: int) -> None:
     try:
-        write_model(temp)
-        writer = HuggingFaceStorageWriter(str(temp / "trainer"), save_distributed=True)
-        save(dict(optimizer), storage_writer=writer, process_group=ranks.patient)
+        write()
     except LlmctlError:
         raise
     except Exception as error:  # torch wraps what happened on each rank in an exception of its own
         raise checkpoints.as_write_error(_cause(error), target, expected_bytes) from error
+
+
+def _write_optimizer(temp: Path, optimizer: Mapping[str, Tensor], ranks: Ranks) -> None:
+    writer = HuggingFaceStorageWriter(str(temp / "trainer"), save_distributed=True)
+    save(dict(optimizer), storage_writer=writer, process_group=ranks.patient)
+
+
+def _sync(temp: Path, *, besides: set[Path]) -> None:
     for path in temp.rglob("*.safetensors"):
-        if path not in before:
+        if path not in besides:
             fsync_file(path)
 
 
@@ -110,7 +120,8 @@ def load_parts(checkpoint: Path, tensors: Mapping[str, Tensor], ranks: Ranks) ->
     """Read each rank's part of the optimizer's state into `tensors`, DTensors, whoever wrote it. Raises InputError."""
     trainer = checkpoint / "trainer"
     with ranks.contact(), _readable(trainer):
-        load(dict(tensors), storage_reader=HuggingFaceStorageReader(str(trainer)), process_group=ranks.patient)
+        reader = HuggingFaceStorageReader(str(trainer))
+        ranks.watched(lambda: load(dict(tensors), storage_reader=reader, process_group=ranks.patient))
 
 
 @contextlib.contextmanager

@@ -17,7 +17,7 @@ from llmctl.core.files import sha256_file
 from llmctl.core.model.shapes import shape_for_depth
 from llmctl.core.train.shard import check_splits
 from llmctl.core.train.together import load_whole
-from tests.rank_jobs import on_ranks, pretrain
+from tests.rank_jobs import free_port, on_ranks, pretrain
 
 
 @pytest.fixture
@@ -25,6 +25,7 @@ def settings(packed: Path) -> dict[str, Any]:
     return {
         "data": str(packed), "depth": 1, "seq_len": 32, "batch_size": 8, "micro_batch_size": 4, "max_steps": 20, "save_every": 0,
         "eval_every": 7, "sample_every": 0, "threads": 1, "dtype": "f32", "device": "cpu", "optimizer": "adamw",
+        "rank_timeout": 120.0,
     }  # fmt: skip
 
 
@@ -125,6 +126,44 @@ def test_spread_checkpoints_are_read_by_any_number_of_ranks_and_by_transformers(
         assert_equal_checkpoints(tmp_path / "whole" / "step-00000008", tmp_path / name / "step-00000008", 1e-4)
         assert [line["step"] for line in lines_of(tmp_path / name, "step")] == list(range(1, 9))
     assert_equal_checkpoints(folder, tmp_path / "again" / "step-00000008", 0)  # on as many ranks as before: not one bit differs
+
+
+@pytest.mark.slow
+def test_checkpoints_go_between_one_two_and_four_ranks(settings: dict[str, Any], tmp_path: Path) -> None:
+    """Each reads what each has written, all of it to the bit, and the next step's loss is the same."""
+    meshes: dict[int, str | None] = {1: None, 2: "fsdp=2", 4: "fsdp=2,tp=2"}
+    settings = {**settings, "depth": 2, "optimizer": "muon", "save_every": 2, "eval_every": 0, "max_steps": 3}
+
+    def run(number: int, jobs: list[dict[str, Any]]) -> None:
+        jobs = [{"job": "pretrain", "dtype": "f64", **job, "settings": {**job["settings"], "mesh": meshes[number]}} for job in jobs]
+        if number == 1:
+            for job in jobs:
+                pretrain(job["settings"], job["dtype"], restored=job.get("restored"))
+        else:
+            on_ranks(number, "one_after_another", jobs=jobs, ports=[free_port() for _ in jobs])
+
+    for writer in meshes:
+        run(writer, [{"settings": {**settings, "out_dir": str(tmp_path / f"by {writer}")}}])
+    next_losses = {}
+    for reader in meshes:
+        reading = []
+        for writer in meshes:
+            copy = tmp_path / f"{reader} from {writer}"
+            shutil.copytree(tmp_path / f"by {writer}", copy)
+            again = {**settings, "out_dir": str(copy), "resume_from": str(copy / "step-00000002")}
+            reading.append({"settings": again, "restored": str(tmp_path / f"{reader} from {writer}.safetensors")})
+        run(reader, reading)
+        for writer in meshes:
+            found = load_file(tmp_path / f"{reader} from {writer}.safetensors")
+            checkpoint = tmp_path / f"by {writer}" / "step-00000002"
+            written = {**load_model(checkpoint).model.state_dict(), **load_whole(checkpoint)}
+            assert found.keys() == written.keys()
+            assert all(torch.equal(tensor, written[name].float()) for name, tensor in found.items()), (reader, writer)
+            next_losses[reader, writer] = lines_of(tmp_path / f"{reader} from {writer}", "step")[-1]["loss"]
+    assert len(next_losses) == 9
+    assert list(next_losses.values()) == pytest.approx([next_losses[1, 1]] * 9, rel=1e-6)  # what was written was float32
+    for writer in meshes:
+        assert [next_losses[reader, writer] for reader in meshes] == pytest.approx([next_losses[1, writer]] * 3, rel=1e-12)
 
 
 def test_a_mesh_that_cannot_be_is_refused(settings: dict[str, Any], tmp_path: Path) -> None:
