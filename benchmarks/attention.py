@@ -56,7 +56,8 @@ def main() -> None:
     clock = time.process_time if arguments.cpu_time else time.perf_counter
     keep_freed_memory()
     print(f"torch {torch.__version__}, {torch.get_num_threads()} threads, {arguments.dtype}, medians of {arguments.rounds} rounds\n")
-    print("| rows, heads, tokens, head size | window | SDPA | explicit | times faster | native | times faster |\n|---|---|---|---|---|---|---|")
+    print("| rows, heads, tokens, head size | window | SDPA | explicit | times faster | native | times faster |")
+    print("|---|---|---|---|---|---|---|")
     for shape, window in SHAPES:
         places = torch.arange(shape[2])
         seen = (places[None] <= places[:, None]) & (places[None] > places[:, None] - (window or shape[2]))
