@@ -43,8 +43,8 @@ def flags_table(command: str) -> str:
 
 def command_rows(command: str) -> list[tuple[str, str, str, str]]:
     """(panel, names, meaning, default) of each flag, grouped by panel, arguments first."""
-    config = REGISTERED[command].config
     options = {parameter.name: parameter for parameter in click_command(command).params}
+    config = REGISTERED[command].config  # once the command was asked for, it is declared
     rows = []
     for field in options_of(config):
         info, kind = info_of(field), types_of(config)[field.name]

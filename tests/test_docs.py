@@ -9,13 +9,13 @@ from types import ModuleType
 
 import pytest
 
+from llmctl.cli.completions import command_tree
 from llmctl.cli.main import app
-from llmctl.cli.options import REGISTERED
 from llmctl.core import errors
 
 ROOT = Path(__file__).parent.parent
 PAGES = sorted([*(ROOT / "docs").glob("*.md"), *ROOT.glob("*.md"), *(ROOT / "examples").glob("*.md")])
-COMMANDS = [command for command in REGISTERED if command != "toy"]
+COMMANDS = [node.path for node in command_tree().walk() if node.path and not node.children and node.path != "toy"]
 """Without the command that the boundary tests add for themselves."""
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+from llmctl.cli.main import COMMANDS
 from tests.test_floors import HEAVY
 
 ROOT = Path(__file__).parent.parent
@@ -59,7 +60,19 @@ def test_starting_loads_nothing_heavy(arguments: list[str], code: int, tmp_path:
     done = run(arguments, REPORTER, tmp_path, HOME=str(tmp_path))
     assert done.returncode == code, done.stderr
     loaded = set(json.loads(done.stderr.rsplit("LOADED ", 1)[1]))
-    assert loaded & HEAVY == set()
+    assert loaded & {*HEAVY, "pydantic"} == set()
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_only_the_command_that_is_called_is_declared(command: str, tmp_path: Path) -> None:
+    program = (
+        "import sys; from llmctl.cli.main import run; code = run(sys.argv[1:]); "
+        "print(*(name for name in sys.modules if name.startswith('llmctl.cli.')), file=sys.stderr); sys.exit(code)"
+    )
+    done = run([command, "--no-such-flag"], program, tmp_path)
+    assert done.returncode == 2, done.stderr
+    loaded = {name for name in COMMANDS if f"llmctl.cli.{name}" in done.stderr.splitlines()[-1].split()}
+    assert loaded == ({"finetune", "pretrain"} if command == "finetune" else {command})
 
 
 @pytest.mark.parametrize(("arguments", "code"), STARTS, ids=lambda value: " ".join(value) if isinstance(value, list) else None)

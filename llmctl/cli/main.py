@@ -1,20 +1,20 @@
 """The program: the commands, and the boundary where every error becomes one line and an exit code.
 
-Importing this must stay cheap: typer, stdlib and floor 0 only. Commands import torch, transformers and rich inside the
-functions that need them.
+Importing this must stay cheap: typer, stdlib and floor 0 only. A command's module is imported when the command is asked for, and
+imports torch, transformers and rich inside the functions that need them.
 """
 
 import errno
+import importlib
 import signal
 import sys
+from collections.abc import Iterator, MutableMapping
 from typing import Annotated, Any
 
 import typer
-from typer.core import TyperGroup
 
 from llmctl import __version__
-from llmctl.cli import eval, export, finetune, generate, pretrain, tokenize
-from llmctl.cli.options import CONTEXT_SETTINGS, debug_requested
+from llmctl.cli.options import CONTEXT_SETTINGS, PlainGroup, debug_requested
 from llmctl.cli.shell import PROGRAM, stderr_line
 from llmctl.cli.signals import die_by
 from llmctl.cli.streams import STDOUT_NAME, ReaderGone, name_stdout, out, silence_stdout, stdout_failure
@@ -25,17 +25,50 @@ Exit codes: 0 done · 1 failed · 2 usage or config error, nothing was created �
 4 bad, corrupt or unsafe input · 5 could not write · 6 not finite · 7 quality gate not met · 10 not found ·
 11 locked by another run · 129/130/143 ended by HUP/INT/TERM · 141 the reader of stdout went away"""
 
-_ORDER = ("tokenize", "pretrain", "finetune", "generate", "eval", "export")
+COMMANDS = ("tokenize", "pretrain", "finetune", "generate", "eval", "export")
+"""In the order in which a model meets them. Each is a module of this package with a function `register`."""
 
 
-class _Program(TyperGroup):
-    """The commands in the order in which a model meets them."""
+class _Commands(MutableMapping[str, Any]):
+    """Name -> command. Those of COMMANDS are imported and declared when they are asked for: declaring all took half of a start."""
+
+    def __init__(self, declared: MutableMapping[str, Any]) -> None:
+        self._declared = dict(declared)
+
+    def __getitem__(self, name: str) -> Any:
+        if name not in self._declared and name in COMMANDS:
+            alone = typer.Typer(**_STYLE)
+            alone.callback()(lambda: None)  # with a callback it is a group, however many commands there are
+            importlib.import_module(f"llmctl.cli.{name}").register(alone)
+            self._declared[name] = typer.main.get_command(alone).commands[name]  # type: ignore[attr-defined]
+        return self._declared[name]
+
+    def __setitem__(self, name: str, command: Any) -> None:
+        self._declared[name] = command
+
+    def __delitem__(self, name: str) -> None:
+        del self._declared[name]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(dict.fromkeys((*COMMANDS, *self._declared)))
+
+    def __len__(self) -> int:
+        return len({*COMMANDS, *self._declared})
+
+
+class _Program(PlainGroup):
+    """The group of all commands, none of which is declared before it is needed."""
+
+    def __init__(self, **attributes: Any) -> None:
+        super().__init__(**attributes)
+        self.commands = _Commands(self.commands)
 
     def list_commands(self, ctx: Any) -> list[str]:
         """Names for --help and completion."""
-        return sorted(super().list_commands(ctx), key=lambda name: _ORDER.index(name) if name in _ORDER else len(_ORDER))
+        return list(self.commands)
 
 
+_STYLE: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "context_settings": CONTEXT_SETTINGS}
 app = typer.Typer(
     cls=_Program,
     name=PROGRAM,
@@ -43,9 +76,7 @@ app = typer.Typer(
     epilog=EXIT_CODES,
     add_completion=False,
     invoke_without_command=True,
-    rich_markup_mode=None,
-    pretty_exceptions_enable=False,
-    context_settings=CONTEXT_SETTINGS,
+    **_STYLE,
 )
 
 
@@ -64,14 +95,6 @@ def _root(
     if context.invoked_subcommand is None:
         stderr_line(context.get_help())
         raise typer.Exit(2)
-
-
-tokenize.register(app)
-pretrain.register(app)
-finetune.register(app)
-generate.register(app)
-eval.register(app)
-export.register(app)
 
 
 def main() -> None:

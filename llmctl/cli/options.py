@@ -1,6 +1,7 @@
 """Turns a frozen config dataclass into a Typer command: one field, one flag. Knows Typer and config; knows no command."""
 
 import dataclasses
+import functools
 import inspect
 import os
 import sys
@@ -9,7 +10,7 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar
 
 import typer
-from typer.core import TyperCommand
+from typer.core import TyperCommand, TyperGroup
 
 from llmctl.cli.shell import Shell
 from llmctl.core.config.fields import FieldInfo, FieldType, flag_of, info_of, options_of, types_of
@@ -29,7 +30,7 @@ class Registered:
 
 
 REGISTERED: dict[str, Registered] = {}
-"""Full name of a command ("tokenize pack") -> what it is, in order of registration."""
+"""Full name of a command ("tokenize pack") -> what it is, in order of registration; main.py registers a command when it is asked for."""
 
 CONTEXT_SETTINGS = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 _COMMON_PANEL = "Every command"
@@ -38,6 +39,10 @@ _METAVARS: dict[type, str] = {str: "TEXT", int: "N", float: "X", Path: "PATH"}
 
 class PanelCommand(TyperCommand):
     """A command whose plain-text help lists its flags by panel. Rich could, but importing it would double the start-up time."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, --help among them."""
+        return taken_as_given(super().get_params(ctx))
 
     def format_options(self, ctx: Any, formatter: Any) -> None:
         """Write one section for each panel, in the order in which the panels first occur; the common one last."""
@@ -54,6 +59,14 @@ class PanelCommand(TyperCommand):
             if records:
                 with formatter.section(title):
                     formatter.write_dl(records)
+
+
+class PlainGroup(TyperGroup):
+    """A group of commands."""
+
+    def get_params(self, ctx: Any) -> list[Any]:
+        """Its parameters, --help among them."""
+        return taken_as_given(super().get_params(ctx))
 
 
 def add_command(
@@ -77,7 +90,8 @@ def add_command(
         shell = Shell(quiet=common["quiet"], verbose=common["verbose"], json=common["json"], debug=common["debug"])
         flags = {key: _parse(value, kinds[key], flag_names[key]) for key, value in given.items() if value is not None and value != []}
         to_show = common["print_config"]
-        resolved = resolve(config, command=command, flags=flags, config_file=common["config"], environ=os.environ, to_show=to_show)
+        file = None if common["config"] is None else Path(common["config"])
+        resolved = resolve(config, command=command, flags=flags, config_file=file, environ=os.environ, to_show=to_show)
         if to_show:
             print_config(resolved)
             return
@@ -93,6 +107,23 @@ def add_command(
     invoke.__name__ = name.replace("-", "_")
     REGISTERED[command] = Registered(config, help, epilog)
     app.command(name=name, help=help, epilog=epilog, cls=PanelCommand, no_args_is_help=False, context_settings=CONTEXT_SETTINGS)(invoke)
+
+
+def taken_as_given(parameters: list[Any]) -> list[Any]:
+    """Click's `parameters`, made to give text, lists of text or switches as they stand on the command line.
+
+    `_parse` makes values of them. Typer would have pydantic look at each, whose import takes longer than the rest of a start.
+    """
+    for parameter in parameters:
+        parameter.process_value = functools.partial(_as_given, parameter)
+    return parameters
+
+
+def _as_given(parameter: Any, context: Any, value: Any) -> Any:
+    """Stands in for Click's `process_value`, for parameters that may be left out."""
+    if value is None and (parameter.multiple or parameter.nargs == -1):
+        value = ()
+    return value if parameter.callback is None else parameter.callback(context, parameter, value)
 
 
 def _parse(value: Any, kind: FieldType, flag: str) -> Any:
@@ -153,7 +184,7 @@ def _common_parameters(command: str) -> list[inspect.Parameter]:
         show_default=False,
     )
     return [
-        inspect.Parameter("common_config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[Path | None, config]),
+        inspect.Parameter("common_config", inspect.Parameter.KEYWORD_ONLY, default=None, annotation=Annotated[str | None, config]),
         switch("print_config", "Show each setting and where it came from, then stop.", "--print-config"),
         switch("json", "Results as JSON on stdout.", "--json"),
         switch("quiet", "No notes and no progress; warnings stay.", "--quiet", "-q"),

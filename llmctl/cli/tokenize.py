@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llmctl.cli import tokenize_filters, tokenize_inspect, tokenize_pack
-from llmctl.cli.options import CONTEXT_SETTINGS, add_command
+from llmctl.cli.options import CONTEXT_SETTINGS, PlainGroup, add_command
 from llmctl.cli.shell import Shell, stderr_line
 from llmctl.cli.streams import out
 from llmctl.core.config.tokenize import CountConfig, TrainConfig
@@ -39,7 +39,9 @@ _BATCH_BYTES = 1 << 20
 
 def register(app: typer.Typer) -> None:
     """Add the commands to the program."""
-    group = typer.Typer(name="tokenize", help=HELP, invoke_without_command=True, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS)
+    group = typer.Typer(
+        name="tokenize", cls=PlainGroup, help=HELP, invoke_without_command=True, rich_markup_mode=None, context_settings=CONTEXT_SETTINGS
+    )
 
     @group.callback()
     def _root(context: typer.Context) -> None:

@@ -10,7 +10,6 @@ import hashlib
 import json
 import os
 import shutil
-import socket
 import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -220,6 +219,8 @@ class FileLock:
             os.close(self._fd)
             raise LockedError(f"{self._path.parent} is in use by another run ({holder}); wait for it or choose another folder") from error
         os.ftruncate(self._fd, 0)
+        import socket
+
         os.pwrite(self._fd, f"pid {os.getpid()} on {socket.gethostname()}\n".encode(), 0)
 
     def release(self) -> None:

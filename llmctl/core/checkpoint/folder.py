@@ -4,7 +4,6 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from llmctl.core.card import license_of
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, NotFoundError
 from llmctl.core.families import Family, family_of, is_known
@@ -95,6 +94,8 @@ def stated_license(path: Path) -> str | None:
     card = path / "README.md"
     try:
         if card.is_file() and card.stat().st_size <= MAX_CONFIG_BYTES:
+            from llmctl.core.card import license_of
+
             return license_of(card.read_text(encoding="utf-8", errors="replace"))
     except OSError:
         pass

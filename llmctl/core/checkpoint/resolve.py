@@ -46,8 +46,6 @@ def resolve_adapted(reference: str | None, adapter: str | None) -> tuple[Path, P
     An adapter names its base, so either may be missing, and --model may name the adapter; without either it is the default
     model. Raises as `resolve_model` does, InputError for an adapter that is none, UsageError for two of them.
     """
-    from llmctl.core.checkpoint.adapter import base_reference
-
     if adapter is None:
         path = resolve_model(DEFAULT_MODEL if reference is None else reference)
         if not is_adapter(path):
@@ -57,6 +55,9 @@ def resolve_adapted(reference: str | None, adapter: str | None) -> tuple[Path, P
         folder = resolve_model(adapter)
         if not is_adapter(folder):
             raise InputError(f"--adapter {adapter}: is no adapter (a folder with {ADAPTER_CONFIG}); a model is given by --model")
+    if reference is None:
+        from llmctl.core.checkpoint.adapter import base_reference
+
     base = base_reference(folder) if reference is None else reference
     try:
         path = resolve_model(base)

@@ -5,8 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from llmctl.core.config.fields import check_fields, option, option_like, shard_of
-from llmctl.core.config.pretrain import PretrainConfig
+from llmctl.core.config.fields import check_fields, option, shard_of
 from llmctl.core.errors import UsageError
 
 _PROMPT, _TALK, _MODEL, _CHOICE, _STRUCTURE, _OUTPUT, _BATCH, _MACHINE = (
@@ -227,10 +226,12 @@ class GenerateConfig:
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
-    nproc: int | None = option_like(
-        PretrainConfig,
-        "nproc",
-        help="Batch: processes of this machine that share the rows, one a GPU; their results are joined. [default: 1]",
+    nproc: int | None = option(
+        None,
+        "Batch: processes of this machine that share the rows, one a GPU; their results are joined. [default: 1]",
+        minimum=1,
+        maximum=1024,
+        panel=_MACHINE,
     )
     verify_cache: bool = option(
         False,

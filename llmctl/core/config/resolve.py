@@ -3,14 +3,16 @@
 import dataclasses
 import difflib
 import re
-import tomllib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, Generic, TypeVar
 
 from llmctl.core.config.fields import KIND_NAMES, FieldType, check_fields, options_of, types_of
 from llmctl.core.errors import MissingSettingError, NotFoundError, UsageError
+
+if TYPE_CHECKING:
+    import tomllib
 
 ConfigT = TypeVar("ConfigT")
 
@@ -64,6 +66,8 @@ def resolve(
 
 
 def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[str, Any]:
+    import tomllib  # compiles regular expressions, which a start without a file does without
+
     text = ""
     try:
         text = path.read_bytes().decode("utf-8") + "\n"  # the newline makes the parser name a line, not "end of document"
@@ -89,7 +93,7 @@ def _read_file(path: Path, cls: type, kinds: Mapping[str, FieldType]) -> dict[st
     return result
 
 
-def _line_of(error: tomllib.TOMLDecodeError, text: str) -> str:
+def _line_of(error: "tomllib.TOMLDecodeError", text: str) -> str:
     """The line that the parser complains of, since it does not name the key (of a duplicate, for one)."""
     found = re.search(r"at line (\d+)", str(error))
     lines = text.split("\n")

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.core.errors import InputError
-from llmctl.core.infer.beam import BeamParams, BeamStep, beam_search
 from llmctl.core.infer.constrain import Constrainer, Constraint
 from llmctl.core.infer.defaults import merged, recommended
 from llmctl.core.infer.engine import Engine, never_stop
@@ -22,12 +21,13 @@ from llmctl.core.infer.events import Finished, FinishReason, Request
 from llmctl.core.infer.executor import Executor
 from llmctl.core.infer.memory import batch_tokens as fitting_tokens
 from llmctl.core.infer.opening import ExecutorKind, OpenedModel, open_model
-from llmctl.core.infer.preset import Preset
 from llmctl.core.infer.prompting import Prompt, Prompter
 from llmctl.core.infer.sampler import SamplingParams
 from llmctl.core.infer.speculate import PromptLookup, Speculator
 
 if TYPE_CHECKING:
+    from llmctl.core.infer.beam import BeamParams, BeamStep
+    from llmctl.core.infer.preset import Preset
     from llmctl.core.native.cache import CacheDtype
     from llmctl.core.tokenizer import Tokenizer
 
@@ -71,7 +71,7 @@ class Generator:
         system: str | None = None,
         allow_special: bool = False,
         truncate: Literal["left", "right"] | None = None,
-        preset: Preset | None = None,
+        preset: "Preset | None" = None,
         speculate: Literal["auto", "off"] | int = "auto",
         draft_model: str | Path | None = None,
         batch_tokens: Literal["auto"] | int = "auto",
@@ -182,9 +182,11 @@ class Generator:
         )
 
     def search(
-        self, prompt: Prompt, params: BeamParams, *, num_texts: int = 1, stop: Callable[[], int | None] = never_stop
-    ) -> Iterator[BeamStep | Finished]:
+        self, prompt: Prompt, params: "BeamParams", *, num_texts: int = 1, stop: Callable[[], int | None] = never_stop
+    ) -> "Iterator[BeamStep | Finished]":
         """Beam search: a BeamStep for each token, then the `num_texts` best texts."""
+        from llmctl.core.infer.beam import BeamStep, beam_search
+
         steps = beam_search(
             self.executor,
             prompt.ids,

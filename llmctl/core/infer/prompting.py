@@ -6,9 +6,9 @@ from typing import TYPE_CHECKING, Any, Literal
 
 from llmctl.core.errors import InputError
 from llmctl.core.infer.defaults import MAX_NEW_TOKENS
-from llmctl.core.infer.preset import Preset
 
 if TYPE_CHECKING:
+    from llmctl.core.infer.preset import Preset
     from llmctl.core.tokenizer import Tokenizer
 
 
@@ -38,7 +38,7 @@ class Prompter:
         system: str | None = None,
         allow_special: bool = False,
         truncate: Literal["left", "right"] | None = None,
-        preset: Preset | None = None,
+        preset: "Preset | None" = None,
     ) -> None:
         has_template = tokenizer.chat_template is not None
         if chat and not has_template:

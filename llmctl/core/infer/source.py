@@ -7,25 +7,23 @@ import itertools
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from llmctl.core.checkpoint.adapter import NO_MERGING, WEIGHTS_NAME, Merger
 from llmctl.core.checkpoint.folder import ADAPTER_CONFIG, load_config, own_layout, read_generation, token_ids
-from llmctl.core.checkpoint.gguf import GgufModel, open_gguf
-from llmctl.core.checkpoint.held import held_in_directory, held_in_gguf
 from llmctl.core.checkpoint.stored import CODE_DTYPES, WEIGHT_DTYPES, Stored, open_tensors, stored_arrays, stored_tensors
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError
 from llmctl.core.families import Family, family_named
 from llmctl.core.families.base import Binding
-from llmctl.core.families.gguf import halves_from_pairs
-from llmctl.core.families.gguf_tokenizer import eos_ids_of
 from llmctl.core.native.library import Int4Matrix, Int8Matrix, from_bf16
 from llmctl.core.quant import GGUF_LAYOUTS, Layout, QuantMatrix, layout_for, quantise
 from llmctl.core.tensorfile import weight_files
+
+if TYPE_CHECKING:  # what follows is imported where it is needed: packed weights that are in the cache need none of it
+    from llmctl.core.checkpoint.gguf import GgufModel
 
 
 @dataclass(frozen=True)
@@ -44,7 +42,7 @@ class Source:
     """The layout that a quantised directory holds."""
     weight_files: tuple[Path, ...]
     _hf_family: Family | None
-    _gguf: GgufModel | None
+    _gguf: "GgufModel | None"
     adapter: Path | None = None
     """The directory of an adapter to merge into the weights."""
 
@@ -52,7 +50,11 @@ class Source:
     def config_files(self) -> tuple[Path, ...]:
         """The files beside the weights that say what the weights mean."""
         own = () if self._gguf is not None else (self.path / "config.json",)
-        return own if self.adapter is None else (*own, self.adapter / ADAPTER_CONFIG, self.adapter / WEIGHTS_NAME)
+        if self.adapter is None:
+            return own
+        from llmctl.core.checkpoint.adapter import WEIGHTS_NAME
+
+        return (*own, self.adapter / ADAPTER_CONFIG, self.adapter / WEIGHTS_NAME)
 
     def tensors(self, quant: Layout | None) -> Iterator[tuple[str, Any]]:
         """The decoder's tensors: float32, bf16 as uint16, or quantised matrices as they are held, or as `quant` asks for.
@@ -63,11 +65,15 @@ class Source:
             return self._from_gguf(self._gguf, quant)
         if self.own is not None:
             if self.adapter is not None:
+                from llmctl.core.checkpoint.adapter import NO_MERGING
+
                 raise InputError(f"{self.path}: {NO_MERGING}")
             return self._from_quantised(self.own, quant)
         return self._from_directory(quant)
 
     def _from_directory(self, quant: Layout | None) -> Iterator[tuple[str, Any]]:
+        from llmctl.core.checkpoint.adapter import Merger
+
         assert self._hf_family is not None
         tensors = stored_tensors(self.path, self.config, self._hf_family)
         importance = self._importance() if quant == "int4" else {}
@@ -85,6 +91,8 @@ class Source:
         merger.checked(self.path)
 
     def _from_quantised(self, own: Layout, quant: Layout | None) -> Iterator[tuple[str, Any]]:
+        from llmctl.core.checkpoint.held import held_in_directory
+
         if quant is not None and quant != own:
             raise InputError(f"{self.path}: the weights are quantised already, as {own}; quantise the model that they were made from")
         try:
@@ -93,7 +101,10 @@ class Source:
         except InputError as error:
             raise InputError(f"{self.path}: {error}") from error
 
-    def _from_gguf(self, model: GgufModel, quant: Layout | None) -> Iterator[tuple[str, Any]]:
+    def _from_gguf(self, model: "GgufModel", quant: Layout | None) -> Iterator[tuple[str, Any]]:
+        from llmctl.core.checkpoint.adapter import Merger
+        from llmctl.core.checkpoint.held import held_in_gguf
+
         anew = [b for b in model.bindings if quant is not None and layout_for(b.ours[0], b.our_shapes[0], quant) == "int4"]
         needs_importance = any(GGUF_LAYOUTS.get(model.entry(binding).kind) != "int4" for binding in anew)
         importance = self._importance() if needs_importance else {}
@@ -111,8 +122,10 @@ class Source:
             model.file.forget(model.entry(binding))
         merger.checked(self.path)
 
-    def _rows_of(self, model: GgufModel, name: str) -> Any:
+    def _rows_of(self, model: "GgufModel", name: str) -> Any:
         """Puts the rows of a matrix into the decoder's order."""
+        from llmctl.core.families.gguf import halves_from_pairs
+
         return (lambda rows: halves_from_pairs(rows, self.config.head_dim)) if model.record.reorders(name) else np.asarray
 
     def _importance(self) -> Mapping[str, NDArray[np.float32]]:
@@ -132,6 +145,9 @@ def open_source(path: Path, *, adapter: Path | None = None) -> Source:
     """
     adapted = {} if adapter is None else read_generation(adapter)
     if path.suffix == ".gguf":
+        from llmctl.core.checkpoint.gguf import open_gguf
+        from llmctl.core.families.gguf_tokenizer import eos_ids_of
+
         model = open_gguf(path)
         eos_ids = token_ids(adapted.get("eos_token_id")) or eos_ids_of(model.file.metadata)
         return Source(path, model.config, model.record.family, eos_ids, adapted, model.stored, None, (path,), None, model, adapter)

@@ -360,7 +360,7 @@ class Tokenizer:
         return b"".join(self._bytes_of(i, skip_special=skip_special) for i in ids)
 
     def _bytes_of(self, token_id: int, *, skip_special: bool) -> bytes:
-        token = self._tokens.get(token_id)
+        token = self._backend.id_to_token(token_id) if token_id >= 0 else None  # a table of all would cost the first token 10 ms
         if token is None or (skip_special and token_id in self.special_ids):
             return b""
         return token_to_bytes(token)
