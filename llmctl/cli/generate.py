@@ -120,6 +120,7 @@ def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
         batch_tokens=config.token_budget,
         kv_dtype=config.kv_dtype,  # type: ignore[arg-type]  # checked by its choices
         draft_model=config.draft_model,
+        cuda_graphs=config.cuda_graphs,
     )
 
 

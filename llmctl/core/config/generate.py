@@ -226,6 +226,12 @@ class GenerateConfig:
         panel=_MACHINE,
     )
     threads: int | None = option(None, "CPU threads. [default: all that the process may use]", minimum=1, maximum=4096, panel=_MACHINE)
+    cuda_graphs: bool = option(
+        True,
+        "On a CUDA GPU: decode by recorded steps (CUDA graphs), which saves the starting of each kernel. Only for models without experts "
+        "whose weights are not quantised.",
+        panel=_MACHINE,
+    )
     nproc: int | None = option(
         None,
         "Batch: processes of this machine that share the rows, one a GPU; their results are joined. [default: 1]",

@@ -76,6 +76,7 @@ class Generator:
         draft_model: str | Path | None = None,
         batch_tokens: Literal["auto"] | int = "auto",
         kv_dtype: "CacheDtype | None" = None,
+        cuda_graphs: bool = True,
     ) -> "Generator":
         """Load a model (directory, .gguf file, hub id or built-in name). Raises NotFoundError, InputError, UsageError.
 
@@ -83,7 +84,7 @@ class Generator:
         the adapter itself. Without either it is the built-in model. `speculate` says how many tokens to guess ahead: "auto"
         as many as pay, on an executor whose results do not depend on how tokens are cut into calls, or with a
         `draft_model`; a number always so many. `num_slots` texts are under way at most, of `batch_tokens` tokens in all; "auto"
-        is what free memory has room for.
+        is what free memory has room for. Without `cuda_graphs` a CUDA GPU is given each kernel by itself.
         """
         from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_adapted
 
@@ -91,9 +92,15 @@ class Generator:
         words = load_tokenizer(path, adapter=folder) if tokenizer is None else load_tokenizer(tokenizer)
         if chat_template is not None:
             words.chat_template = chat_template
-        loaded = open_model(
-            path, device=device, dtype=dtype, quant=quant, threads=threads, executor=executor, adapter=folder, kv_dtype=kv_dtype
-        )
+        machine: dict[str, Any] = {
+            "device": device,
+            "dtype": dtype,
+            "quant": quant,
+            "threads": threads,
+            "executor": executor,
+            "cuda_graphs": cuda_graphs,
+        }
+        loaded = open_model(path, adapter=folder, kv_dtype=kv_dtype, **machine)
         check_tokenizer(words, loaded.config, where=path if tokenizer is None else tokenizer)
         prompter = Prompter(
             words,
@@ -104,7 +111,6 @@ class Generator:
             truncate=truncate,
             preset=preset,
         )
-        machine = {"device": device, "dtype": dtype, "quant": quant, "threads": threads, "executor": executor}
         draft = None if draft_model is None or speculate == "off" else _open_draft(str(draft_model), words, machine)
         eos_ids = set(loaded.eos_ids)
         if not eos_ids and words.eos_id is not None:

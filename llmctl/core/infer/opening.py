@@ -63,11 +63,12 @@ def open_model(
     executor: ExecutorKind = "auto",
     adapter: Path | None = None,
     kv_dtype: "CacheDtype | None" = None,
+    cuda_graphs: bool = True,
 ) -> OpenedModel:
     """Load the model in `path` for the executor that is asked for, or the better one; any architecture that transformers knows.
 
     `adapter` is a directory with an adapter to merge into the weights. `kv_dtype` says how the native executor holds keys and
-    values; None is float32 beside float32 weights, else float16.
+    values; None is float32 beside float32 weights, else float16. `cuda_graphs`: see TorchExecutor.
 
     Raises NotFoundError, InputError, and UsageError when the native executor is needed and cannot run the model.
     """
@@ -81,7 +82,9 @@ def open_model(
         why_torch = reason
     if kv_dtype is not None:
         raise UsageError(f"--kv-dtype {kv_dtype} needs the native executor, and torch computes here ({why_torch}); leave it out")
-    return _open_torch(path, device=device, dtype=dtype, quant=quant, threads=threads, why=why_torch, adapter=adapter)
+    return _open_torch(
+        path, device=device, dtype=dtype, quant=quant, threads=threads, why=why_torch, adapter=adapter, cuda_graphs=cuda_graphs
+    )
 
 
 def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | None) -> str | None:
@@ -242,6 +245,7 @@ def _open_torch(
     threads: int | None,
     why: str,
     adapter: Path | None,
+    cuda_graphs: bool,
 ) -> OpenedModel:
     import torch
 
@@ -253,8 +257,10 @@ def _open_torch(
         torch.set_num_threads(threads)
     chosen = choose_device(device)
     loaded = load_model(path, dtype=compute_dtype(dtype, chosen), device=chosen, quant=quant, adapt=True, adapter=adapter)
+    executor = TorchExecutor(loaded.model, decode=None if cuda_graphs else "eager")
+    how = "torch, CUDA graphs" if executor.decode == "recorded" else "torch"
     return OpenedModel(
-        executor=TorchExecutor(loaded.model),
+        executor=executor,
         kind="torch",
         config=loaded.config,
         eos_ids=loaded.eos_ids,
@@ -262,7 +268,7 @@ def _open_torch(
         token_cost=(_CPU_TOKEN_COST if chosen.type == "cpu" else _GPU_TOKEN_COST) + _experts_share(loaded.config),
         cache_token_bytes=cache_token_bytes(loaded.config, str(loaded.model.dtype).removeprefix("torch.")),
         device=str(chosen),
-        description=f"{loaded.family}, {loaded.number_format} on {chosen}, torch ({why})",
+        description=f"{loaded.family}, {loaded.number_format} on {chosen}, {how} ({why})",
         note=loaded.note,
     )
 

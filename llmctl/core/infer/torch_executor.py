@@ -2,20 +2,32 @@
 
 import contextlib
 from collections.abc import Iterator
+from typing import Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from llmctl.core.infer.decode import FixedDecoder, suits
 from llmctl.core.model import Decoder, KVCache
+
+DecodeKind = Literal["eager", "fixed", "recorded"]
+"""Steps in the shapes of their rows; in shapes that repeat (see decode.py); these as CUDA graphs."""
 
 
 class TorchExecutor:
-    """Runs a Decoder over a KVCache that grows on demand. See `Executor` for the contract."""
+    """Runs a Decoder over a KVCache that grows on demand. See `Executor` for the contract.
 
-    def __init__(self, model: Decoder) -> None:
+    `decode` says how steps of one token a row run; None is "recorded" where that is possible.
+    """
+
+    def __init__(self, model: Decoder, *, decode: DecodeKind | None = None) -> None:
         self._model = model.eval()
         self._cache: KVCache | None = None
+        if decode is None:
+            decode = "recorded" if model.device.type == "cuda" and suits(model) else "eager"
+        self.decode: DecodeKind = decode
+        self._fixed: FixedDecoder | None = None
 
     @property
     def vocab_size(self) -> int:
@@ -41,10 +53,11 @@ class TorchExecutor:
                     new_tensor[: old.num_slots, :, : old.capacity] = old_tensor
                 cache.lengths[: old.num_slots] = old.lengths
         self._cache = cache
+        self._fixed = None  # what was recorded reads the cache that is gone
 
     def release(self) -> None:
         """Forget the cache."""
-        self._cache = None
+        self._cache = self._fixed = None
         if self._model.device.type == "cuda":
             torch.cuda.empty_cache()  # a cache of another shape may not fit into the pieces
 
@@ -61,6 +74,10 @@ class TorchExecutor:
         cache = self._cache
         assert cache is not None, "reserve() comes first"
         batch, num_tokens = tokens.shape
+        if num_tokens == 1 and self.decode != "eager":
+            fixed = self._decode_step(tokens[:, 0], positions, slots)
+            if fixed is not None:
+                return fixed[:, None] if all_logits else fixed
         places = positions[:, None] + np.arange(num_tokens)  # (B, T)
         last = np.full(batch, num_tokens - 1)
         if lengths is not None:
@@ -76,6 +93,19 @@ class TorchExecutor:
             if not all_logits:
                 hidden = hidden[torch.arange(batch), torch.from_numpy(last)]  # (B, C)
             logits: NDArray[np.float32] = self._model.logits(hidden).float().cpu().numpy()
+        return logits
+
+    def _decode_step(self, tokens: NDArray[np.int64], positions: NDArray[np.int64], slots: NDArray[np.int64]) -> NDArray[np.float32] | None:
+        """Logits (B, V) of one token a row in shapes that repeat, or None where that cannot be."""
+        assert self._cache is not None
+        with torch.inference_mode(), memory_errors():
+            if self._fixed is None:
+                self._fixed = FixedDecoder(self._model, self._cache, records=self.decode == "recorded")
+            if int(positions.max()) >= self._fixed.longest:
+                return None
+            logits: NDArray[np.float32] = (
+                self._fixed.step(torch.from_numpy(tokens), torch.from_numpy(positions), torch.from_numpy(slots)).cpu().numpy()
+            )
         return logits
 
     def copy_slot(self, source: int, *, to: int, length: int) -> None:

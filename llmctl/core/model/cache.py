@@ -54,7 +54,7 @@ class KVCache:
             tensor[to, :, :length] = tensor[source, :, :length]
         self.lengths[to] = length
 
-    def write(self, layer: int, place: "Place", keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+    def write(self, layer: int, place: "Place | FixedPlace", keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
         """Store `keys` and `values` (B, Hkv, T, D) at `place`, and return all that its rows hold, (B, Hkv, K, D) each."""
         return place.put(self.keys[layer], keys), place.put(self.values[layer], values)
 
@@ -97,3 +97,22 @@ class Place:
         if self._range is not None:
             return store[self._range, :, : self.num_keys]
         return store[:, :, : self.num_keys].index_select(0, self._slots)
+
+
+class FixedPlace:
+    """Where one token a row goes, in a call whose shapes do not depend on where: what a CUDA graph can replay for other rows.
+
+    `slots` and `positions` (B,) lie on the device and are read when the call runs. `num_keys` keys of each row are given
+    back, those behind a row's own among them, for a mask to leave out. `in_order` says that the slots are 0 to B - 1, which
+    saves a copy. A row that is there twice must be the same twice. Nothing is checked.
+    """
+
+    def __init__(self, slots: Tensor, positions: Tensor, *, num_keys: int, in_order: bool) -> None:
+        self._slots, self._positions, self._num_keys, self._in_order = slots, positions, num_keys, in_order
+
+    def put(self, store: Tensor, new: Tensor) -> Tensor:
+        """Write `new` (B, Hkv, 1, D) into `store` (S, Hkv, capacity, D); return the rows' first K positions, (B, Hkv, K, D)."""
+        store[self._slots, :, self._positions] = new[:, :, 0].to(store.dtype)
+        if self._in_order:
+            return store[: len(new), :, : self._num_keys]
+        return store[:, :, : self._num_keys].index_select(0, self._slots)

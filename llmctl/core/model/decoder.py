@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.attention import Pattern
-from llmctl.core.model.cache import KVCache, Place
+from llmctl.core.model.cache import FixedPlace, KVCache, Place
 from llmctl.core.model.dropout import Dropout
 from llmctl.core.model.kernels import Lookup
 from llmctl.core.model.layers import Layer, Norm
@@ -159,8 +159,7 @@ class Decoder(nn.Module):
             pattern = Pattern(document_lengths=document_lengths)
         x = _look_up(tokens, self.embed.weight)
         if self.config.embedding_multiplier != 1.0:
-            # rounded to the weights' dtype first, as Gemma was trained: sqrt(640) is 25.25 in bf16
-            x = x * torch.tensor(self.config.embedding_multiplier, dtype=x.dtype, device=x.device)
+            x = x * self._embedding_multiplier(x.dtype)
         if self.positions is not None:
             if int(positions.max()) >= self.config.max_positions:
                 raise ValueError(f"position {int(positions.max())} is beyond the {self.config.max_positions} that the model has")
@@ -180,6 +179,48 @@ class Decoder(nn.Module):
             cache.lengths[slots] = torch.where(last >= 0, last + 1, cache.lengths[slots])
         result: Tensor = self.final_norm(x)
         return result
+
+    def _embedding_multiplier(self, dtype: torch.dtype) -> float:
+        """Rounded to the weights' dtype first, as Gemma was trained: sqrt(640) is 25.25 in bf16."""
+        return float(torch.tensor(self.config.embedding_multiplier, dtype=dtype))
+
+    def fixed_length(self, num_positions: int) -> int:
+        """The longest text, of `num_positions` at most, that `fixed_step` can go on with; 0 for a model that it cannot run."""
+        if self.config.experts is not None:  # how many tokens an expert gets decides shapes
+            return 0
+        return min([num_positions, *(rope.longest or num_positions for rope in self._ropes)])
+
+    def fixed_tables(self, num_positions: int) -> list[tuple[Tensor, Tensor]]:
+        """The tables of angles that `fixed_step` reads, one a rotation, for texts of up to `num_positions`."""
+        return [rope.table(num_positions, dtype=self.dtype, device=self.device) for rope in self._ropes]
+
+    def fixed_step(
+        self,
+        tokens: Tensor,
+        positions: Tensor,
+        cache: KVCache,
+        slots: Tensor,
+        *,
+        num_keys: int,
+        in_order: bool,
+        tables: Sequence[tuple[Tensor, Tensor]],
+    ) -> Tensor:
+        """Logits (B, V) after one more token in each row: `forward` in a form whose shapes, and whose work, no value decides.
+
+        `tokens`, `positions` and `slots` (B,) lie on the device; `num_keys` is more than every position; see FixedPlace.
+        `cache.lengths` stays as it is. Nothing is checked, since that would wait for the device.
+        """
+        place = FixedPlace(slots, positions, num_keys=num_keys, in_order=in_order)
+        pattern = Pattern(query_positions=positions[:, None])
+        x = F.embedding(tokens[:, None], self.embed.weight)  # (B, 1, C)
+        if self.config.embedding_multiplier != 1.0:
+            x = x * self._embedding_multiplier(x.dtype)
+        if self.positions is not None:
+            x = x + self.positions(positions[:, None])
+        angles = [(cos[positions][:, None, None], sin[positions][:, None, None]) for cos, sin in tables]  # (B, 1, 1, R/2)
+        for layer, rope in zip(self.layers, self._rope_of, strict=True):
+            x = layer(x, None if rope is None else angles[rope], pattern, cache, place)
+        return self.logits(self.final_norm(x)[:, 0])
 
     def logits(self, hidden: Tensor) -> Tensor:
         """Scores of the next token, (..., V), of `hidden` (..., C)."""

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.model.attention import Pattern, attend
-from llmctl.core.model.cache import KVCache, Place
+from llmctl.core.model.cache import FixedPlace, KVCache, Place
 from llmctl.core.model.dropout import Dropout
 from llmctl.core.model.kernels import RmsNorm, run_here
 from llmctl.core.model.mlp import Mlp
@@ -70,7 +70,9 @@ class Attention(nn.Module):
         self.q_norm = Norm(sizes[0], config, rms=True) if normed else None
         self.k_norm = Norm(sizes[1], config, rms=True) if normed else None
 
-    def forward(self, x: Tensor, angles: Angles | None, pattern: Pattern, cache: KVCache | None, place: Place | None) -> Tensor:
+    def forward(
+        self, x: Tensor, angles: Angles | None, pattern: Pattern, cache: KVCache | None, place: Place | FixedPlace | None
+    ) -> Tensor:
         """(B, T, C) -> (B, T, C). `angles` None means that this layer does not rotate."""
         batch, num_tokens, _ = x.shape
         q, k = self.q(x), self.k(x)  # (B, T, H * D), (B, T, Hkv * D)
@@ -114,7 +116,7 @@ class Layer(nn.Module):
         angles: Angles | None,
         pattern: Pattern,
         cache: KVCache | None = None,
-        place: Place | None = None,
+        place: Place | FixedPlace | None = None,
         dropout: Dropout | None = None,
     ) -> Tensor:
         """(B, T, C) -> (B, T, C). `dropout` falls on what attention and feed-forward add."""

@@ -60,6 +60,15 @@ class Rope:
         index = positions.to(device)
         return cos[index].unsqueeze(1), sin[index].unsqueeze(1)
 
+    @property
+    def longest(self) -> int | None:
+        """The longest text whose angles do not depend on its length; None where no text's do."""
+        return self._unstretched
+
+    def table(self, num_positions: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+        """Cosines and sines (N, R/2) of the positions below N, at least `num_positions`, which `longest` bounds."""
+        return self._table(num_positions, dtype=dtype, device=device)
+
     def _table(self, num_positions: int, *, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
         table = self._tables.get((device, dtype))
         if table is None or table[0].shape[0] < num_positions:

@@ -36,7 +36,7 @@ def sampler(
         )
         was_training = model.training
         try:
-            for event in Engine(TorchExecutor(model), tokenizer, eos_ids=eos_ids).run([request]):
+            for event in Engine(TorchExecutor(model, decode="eager"), tokenizer, eos_ids=eos_ids).run([request]):
                 if isinstance(event, Finished):
                     return prompt, prompt + event.text
                 if isinstance(event, Failed):
