@@ -1,16 +1,19 @@
 """Messages typed on a terminal: line editing, history, several lines in one. Knows readline and the keyboard; knows no model."""
 
 import contextlib
+import os
 import signal
-from collections.abc import Sequence
-from types import ModuleType
+import threading
+from collections.abc import Iterator, Sequence
+from types import FrameType, ModuleType
 
 from llmctl.cli.shell import stderr_line
-from llmctl.cli.signals import raising
+from llmctl.cli.signals import STOP_SIGNALS, raising
 from llmctl.core.errors import Interrupted
 
 FENCE = '"""'
 _PROMPT, _MORE = "> ", ". "
+_AGAIN_S = 0.05
 
 
 class LineEditor:
@@ -100,5 +103,51 @@ def _readline() -> ModuleType | None:
 
 def _typed(prompt: str) -> str:
     """One line from the keyboard, and lone surrogates, which stand for bytes that are no UTF-8, replaced."""
-    with raising("ended by a signal"):
+    with raising("ended by a signal"), _heard_at_once():
         return input(prompt).encode("utf-8", "surrogateescape").decode("utf-8", "replace")
+
+
+@contextlib.contextmanager
+def _heard_at_once() -> Iterator[None]:
+    """Within the block, a signal does not wait for the next key.
+
+    Python's readline looks for signals when its wait for a key is cut short. One that comes between two waits is seen after the
+    next key only; a thread sends it again until it is.
+    """
+    heard, is_over = threading.Event(), False
+    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+
+    def on_stop(number: int, frame: FrameType | None) -> None:
+        handler = before[number]
+        if not is_over and not heard.is_set() and callable(handler):
+            heard.set()
+            handler(number, frame)
+
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    main = threading.get_ident()
+
+    def send_again() -> None:
+        while block := os.read(reader, 1):
+            if block[0] in waited_for:
+                while not heard.wait(_AGAIN_S):
+                    signal.pthread_kill(main, block[0])
+                return
+
+    waited_for = {int(number) for number, handler in before.items() if callable(handler)}
+    thread = threading.Thread(target=send_again, name="llmctl signals", daemon=True)
+    for number in waited_for:
+        signal.signal(number, on_stop)
+    woken = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    thread.start()
+    try:
+        yield
+    finally:
+        is_over = True  # from here on the handler lets pass what the thread may still send
+        heard.set()
+        signal.set_wakeup_fd(woken)
+        os.close(writer)
+        thread.join()
+        os.close(reader)
+        for number in waited_for:
+            signal.signal(number, before[number])
