@@ -115,7 +115,7 @@ def _heard_at_once() -> Iterator[None]:
     next key only; a thread sends it again until it is.
     """
     heard, is_over = threading.Event(), False
-    before = {number: signal.getsignal(number) for number in STOP_SIGNALS}
+    before = {int(number): signal.getsignal(number) for number in STOP_SIGNALS}
 
     def on_stop(number: int, frame: FrameType | None) -> None:
         handler = before[number]
@@ -134,7 +134,7 @@ def _heard_at_once() -> Iterator[None]:
                     signal.pthread_kill(main, block[0])
                 return
 
-    waited_for = {int(number) for number, handler in before.items() if callable(handler)}
+    waited_for = {number for number, handler in before.items() if callable(handler)}
     thread = threading.Thread(target=send_again, name="llmctl signals", daemon=True)
     for number in waited_for:
         signal.signal(number, on_stop)
