@@ -72,10 +72,11 @@ def encode_by_gigatoken(documents: list[str], folder: Path) -> Callable[[], int]
 
 def train(documents: list[str], vocab_size: int, *, fast: bool) -> dict[str, Any]:
     """llmctl's training on all of `documents`, in the default pattern, by the native library or by `tokenizers`."""
-    from llmctl.core.tokenizer import TokenizerTrained, train_tokenizer, words
+    from llmctl.core import sharedlib
+    from llmctl.core.tokenizer import TokenizerTrained, train_tokenizer
 
     if not fast:
-        words._LIBRARY = Path("without")
+        sharedlib.PATH = Path("without")
     start = time.perf_counter()
     for event in train_tokenizer(documents, vocab_size=vocab_size, sample_bytes=None if fast else 1 << 40):
         if isinstance(event, TokenizerTrained):

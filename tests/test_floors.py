@@ -25,6 +25,7 @@ FLOORS = {
     "errors": 0,
     "files": 0,
     "memory": 0,
+    "sharedlib": 0,
     "tokenizer": 1,
     "distributed": 1,
     "runlog": 1,

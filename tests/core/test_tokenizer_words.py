@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from llmctl.core import sharedlib
 from llmctl.core.tokenizer import TokenizerTrained, train_tokenizer
 from llmctl.core.tokenizer import intake as intake_module
 from llmctl.core.tokenizer import words as words_module
@@ -54,7 +55,7 @@ def small_texts_too(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def by_tokenizers(texts: list[str], monkeypatch: pytest.MonkeyPatch, **settings: Any) -> TokenizerTrained:
     with monkeypatch.context() as patch:
-        patch.setattr(words_module, "_LIBRARY", Path("/nowhere"))
+        patch.setattr(sharedlib, "PATH", Path("/nowhere"))
         result = train(texts, **settings)
     assert result.trainer == "tokenizers"
     assert "not built" in str(result.trainer_reason)

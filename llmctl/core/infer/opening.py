@@ -91,6 +91,7 @@ def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | 
     """Why torch must compute, or None. Reads the config: raises NotFoundError and InputError."""
     from llmctl.core.checkpoint import load_config, own_layout, unknown_architecture
     from llmctl.core.native import executor, library
+    from llmctl.core.sharedlib import Unavailable
 
     if device not in ("auto", "cpu"):
         return f"the native executor runs on the CPU, not on {device}"
@@ -111,7 +112,7 @@ def _why_not_native(path: Path, *, device: str, dtype: str | None, quant: str | 
         return "with quantised weights the native executor holds the rest in float32"
     try:
         library.kernels()
-    except library.Unavailable as error:
+    except Unavailable as error:
         return str(error)
     return executor.supports(config)
 
@@ -181,13 +182,13 @@ def _open_native(
 
 def _experts_share(config: ModelConfig) -> float:
     """The share of a token's weights that another token reads anew, since it goes to other experts."""
-    from llmctl.core.model.facts import layer_matmul_parameters
+    from llmctl.core.model.facts import layer_matmul_parameters, matmul_parameters
 
     if config.experts is None:
         return 0.0
-    elsewhere, used = layer_matmul_parameters(config)
+    _, used = layer_matmul_parameters(config)
     idle = 1 - config.experts.num_active / config.experts.num_experts
-    return used * idle / (elsewhere + used + config.vocab_size * config.hidden_size)
+    return used * idle / matmul_parameters(config)
 
 
 def _held(source: "Source", *, dtype: str | None, quant: str | None) -> "HeldDtype":

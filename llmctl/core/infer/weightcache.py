@@ -24,8 +24,9 @@ from numpy.typing import NDArray
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import InputError, LlmctlError, UsageError
 from llmctl.core.files import TEMP_PREFIX, atomic_write, sha256_file
-from llmctl.core.native.library import ABI, PackedMatrix
+from llmctl.core.native.library import PackedMatrix
 from llmctl.core.native.packed import PackedModel, check_packed
+from llmctl.core.sharedlib import ABI
 from llmctl.core.tensorfile import TensorFile
 
 DIRECTORY_VARIABLE, BYTES_VARIABLE = "LLMCTL_CACHE_DIR", "LLMCTL_CACHE_BYTES"

@@ -17,15 +17,19 @@ from torch import Tensor
 
 MAX_TOKENS = 512
 MIN_TOKENS = {torch.float32: 256, torch.bfloat16: 96}
-"""The contexts at which the explicit form was measured to win, forward and backward together: in float32 it loses or is
-level at 64, 128 and 192 on an AMD Zen 3 and an Intel core."""
+"""The contexts from which on the explicit form is used, forward and backward measured together: in float32 it lost at 64 and 128
+tokens on an AMD Zen 3, and at 64 on an Intel core, and was level or won from 256 on."""
+
+
+def trains_here(q: Tensor) -> bool:
+    """Whether a gradient of the queries will be asked for, outside of torch.compile, which makes kernels of its own."""
+    return torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
 
 
 def suits(q: Tensor, k: Tensor, window: int | None = None) -> bool:
     """Whether this form should run: training on a CPU, queries and keys of the same few hundred tokens, or a short window."""
-    trains = torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
     num_tokens = q.shape[2]
-    if not trains or q.device.type != "cpu" or q.dtype not in MIN_TOKENS or num_tokens != k.shape[2]:
+    if not trains_here(q) or q.device.type != "cpu" or q.dtype not in MIN_TOKENS or num_tokens != k.shape[2]:
         return False
     return MIN_TOKENS[q.dtype] <= num_tokens <= MAX_TOKENS or (window is not None and window <= MAX_TOKENS < num_tokens)
 

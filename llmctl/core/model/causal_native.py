@@ -9,14 +9,15 @@ Legend: B rows, H heads, Hkv key-value heads, T tokens, D head size.
 import ctypes
 import functools
 from ctypes import CDLL, POINTER, c_float, c_int32, c_int64, c_void_p
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-_LIBRARY = Path(__file__).parent.parent / "native" / "_native.so"
+from llmctl.core.model.causal import trains_here
+from llmctl.core.sharedlib import Unavailable, open_library
+
 _MEASURED = b"avx2"
 """The kernels beside which this form was measured: where the CPU has AVX-512, torch's products use it and this does not. With
 AVX-VNNI nobody has measured it yet."""
@@ -49,13 +50,13 @@ class _Attention(ctypes.Structure):
 def _library() -> CDLL | None:
     """The library, if it is there, holds this form, and the CPU can run it."""
     try:
-        library = CDLL(str(_LIBRARY))
+        library = open_library()
         library.llmctl_kernels.restype, library.llmctl_kernels.argtypes = ctypes.c_char_p, [ctypes.c_char_p]
         library.llmctl_causal_struct_bytes.restype = library.llmctl_causal_scratch.restype = c_int64
         library.llmctl_causal_scratch.argtypes = [c_int64, c_int64]
         library.llmctl_causal.restype, library.llmctl_causal.argtypes = None, [POINTER(_Attention), c_int32, c_void_p]
         fits = library.llmctl_causal_struct_bytes() == ctypes.sizeof(_Attention) and library.llmctl_kernels(_MEASURED) == _MEASURED
-    except (OSError, AttributeError):
+    except (Unavailable, AttributeError):
         return None
     return library if fits else None
 
@@ -78,8 +79,7 @@ def can_run(q: Tensor, v: Tensor) -> bool:
 
 def suits(q: Tensor, k: Tensor, v: Tensor) -> bool:
     """Whether this form should run: in training, where it can and was measured to win."""
-    trains = torch.is_grad_enabled() and q.requires_grad and not torch.compiler.is_compiling()
-    if not (trains and q.shape[2] == k.shape[2] and can_run(q, v)):
+    if not (trains_here(q) and q.shape[2] == k.shape[2] and can_run(q, v)):
         return False
     library = _library()
     return library is not None and library.llmctl_kernels(None) == _MEASURED

@@ -144,6 +144,19 @@ def muon_scratch_bytes(config: ModelConfig, *, compute_bytes: int) -> int:
     return max((n * min(s) * (2 * max(s) + 3 * min(s)) * compute_bytes for s, n in stacks.items()), default=0)
 
 
+def layer_activation_bytes(config: ModelConfig, *, tokens: int, compute_bytes: int) -> int:
+    """What autograd keeps of all layers: inputs of norms and matmuls, queries, keys, values, both mlp halves."""
+    hidden, halves = config.hidden_size, 4 if config.gated_mlp else 2
+    mlps = sum(_mlp_width(config, layer) for layer in range(config.num_layers)) * halves
+    per_layer = 5 * hidden + 3 * config.query_size + 3 * config.kv_size
+    return tokens * (config.num_layers * per_layer + mlps + 3 * hidden) * compute_bytes
+
+
+def loss_bytes(config: ModelConfig, *, tokens: int, chunk_tokens: int = 1024) -> int:
+    """A float32 block of `chunk_tokens` rows of the vocabulary, twice."""
+    return 2 * min(tokens, chunk_tokens) * config.vocab_size * 4
+
+
 @dataclass(frozen=True)
 class TrainingMemory:
     """An estimate in bytes: what weights, gradients and optimizer hold throughout, and the activations of one micro-batch."""
@@ -174,24 +187,20 @@ def training_memory(
     """Estimate the memory of training with float32 masters.
 
     `compute_bytes` is 2 for bf16 and 4 for float32: at 2 there is a copy of the weights beside the masters. `moments` is
-    how many float32 numbers the optimizer keeps a parameter: 2 for AdamW, 1 for Muon. Activations count what autograd
-    keeps of each layer (inputs of norms and matmuls, queries, keys, values, both mlp halves), as much again for the layer
-    whose gradients are being computed, and the loss a float32 block of `loss_chunk_tokens` rows of the vocabulary, twice.
+    how many float32 numbers the optimizer keeps a parameter: 2 for AdamW, 1 for Muon. Activations are those of the layers,
+    as much again for the layer whose gradients are being computed, and the loss in blocks of `loss_chunk_tokens`.
     With adapters of `num_adapted` numbers, those alone have masters, gradients and moments, and the frozen weights are held
     once. `update_bytes` is what a step of the optimizer needs for itself.
     """
     total = num_parameters(config).total
-    hidden, halves = config.hidden_size, 4 if config.gated_mlp else 2
-    mlps = sum(_mlp_width(config, layer) for layer in range(config.num_layers)) * halves
-    per_layer = 5 * hidden + 3 * config.query_size + 3 * config.kv_size
-    activations = tokens_per_micro_batch * (config.num_layers * per_layer + mlps + 3 * hidden) * compute_bytes
-    loss = 2 * min(tokens_per_micro_batch, loss_chunk_tokens) * config.vocab_size * 4
+    layers = layer_activation_bytes(config, tokens=tokens_per_micro_batch, compute_bytes=compute_bytes)
+    loss = loss_bytes(config, tokens=tokens_per_micro_batch, chunk_tokens=loss_chunk_tokens)
     trained = total if num_adapted is None else num_adapted
     frozen_bytes = 0 if num_adapted is None else total * compute_bytes
     return TrainingMemory(
         weight_bytes=trained * 4 + (trained * compute_bytes if compute_bytes < 4 else 0) + frozen_bytes,
         gradient_bytes=trained * compute_bytes,
         optimizer_bytes=int(trained * 4 * moments),
-        activation_bytes=activations + activations // config.num_layers + loss,
+        activation_bytes=layers + layers // config.num_layers + loss,
         update_bytes=update_bytes,
     )

@@ -10,13 +10,13 @@ import os
 from collections.abc import Sequence
 from ctypes import POINTER, c_char_p, c_float, c_int32, c_int64, c_void_p
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from llmctl.core.native.memory import Memory
+from llmctl.core.sharedlib import ABI, Unavailable, open_library, other_version
 
 LANES = 16
 """Output rows of a packed block."""
@@ -28,14 +28,6 @@ ISA_VARIABLE = "LLMCTL_NATIVE_ISA"
 """Environment: the kernels to use, one of KERNEL_NAMES, instead of the best that the CPU can run."""
 KERNEL_NAMES = ("avx512bf16", "avx512", "avxvnni", "avx2", "baseline")
 """The best first; "avxvnni" is AVX2 with AVX-VNNI."""
-LIBRARY_PATH = Path(__file__).with_name("_native.so")
-
-ABI = 5
-"""Raised with every change to a struct, a packed layout or a function."""
-
-
-class Unavailable(Exception):
-    """The library cannot be used here; the text says why."""
 
 
 class Matrix(ctypes.Structure):
@@ -113,7 +105,6 @@ class Step(ctypes.Structure):
 
 
 _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
-    "llmctl_abi": (c_int64, []),
     "llmctl_kernels": (c_char_p, [c_char_p]),
     "llmctl_open": (c_void_p, [c_char_p, c_int32]),
     "llmctl_close": (None, [c_void_p]),
@@ -126,18 +117,16 @@ _FUNCTIONS: dict[str, tuple[Any, list[Any]]] = {
 @functools.cache
 def load() -> ctypes.CDLL:
     """The library, checked. Raises Unavailable that says why there is none."""
-    if not LIBRARY_PATH.is_file():
-        raise Unavailable("the native library was not built (it needs a C++ compiler when llmctl is installed)")
+    library = open_library()
     try:
-        library = ctypes.CDLL(str(LIBRARY_PATH))
         for name, (result, arguments) in _FUNCTIONS.items():
             function = getattr(library, name)
             function.restype, function.argtypes = result, arguments
-    except (OSError, AttributeError) as error:
+    except AttributeError as error:
         raise Unavailable(f"the native library cannot be loaded: {error}") from error
     sizes = [ctypes.sizeof(struct) for struct in (Matrix, Layer, Model, Step)]
     if library.llmctl_abi() != ABI * 1_000_000_000 + sizes[0] * 1_000_000 + sizes[1] * 1000 + sizes[2] + sizes[3]:
-        raise Unavailable("the native library belongs to another version of llmctl; install llmctl again")
+        raise other_version()
     return library
 
 

@@ -8,12 +8,12 @@ import ctypes
 import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmctl.core.sharedlib import Unavailable, open_library
 from llmctl.core.tokenizer.byte_level import byte_to_char, token_to_bytes
 
 Merges = list[tuple[str, str]]
@@ -25,7 +25,6 @@ LONGEST_RUN_CHARS = 64
 whole of a word at each merge in it."""
 PROOF_CHARS, _PROOF_VOCAB = 1 << 18, 1024
 
-_LIBRARY = Path(__file__).parents[1] / "native" / "_native.so"
 _MAX_TABLE_BYTES = 128 << 20
 """Some three million different words; learning takes about four times as much."""
 _WAIT_S = 0.1
@@ -173,10 +172,10 @@ def _pointer(array: npt.NDArray[Any]) -> ctypes.c_void_p:
 def _library() -> Any:
     """The native library; a part of it that needs nothing of its executor. Raises NotNativeError."""
     try:
-        library = ctypes.CDLL(str(_LIBRARY))
+        library = open_library()
         opened, learned = library.llmctl_words_open, library.llmctl_bpe_learn
-    except (OSError, AttributeError) as error:
-        raise NotNativeError("the native library was not built with this package") from error
+    except (Unavailable, AttributeError) as error:
+        raise NotNativeError(str(error)) from error
     number, pointer, short = ctypes.c_int64, ctypes.c_void_p, ctypes.c_int32
     opened.restype, opened.argtypes = pointer, [short, number, number]
     library.llmctl_words_add.argtypes = [pointer, ctypes.c_char_p, pointer, number]

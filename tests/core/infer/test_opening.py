@@ -9,6 +9,7 @@ from typing import Literal
 
 import pytest
 
+from llmctl.core import sharedlib
 from llmctl.core.errors import UsageError
 from llmctl.core.infer.events import Finished
 from llmctl.core.infer.generator import Generator
@@ -83,7 +84,7 @@ def test_asking_for_the_native_executor_where_it_cannot_run_is_an_error(model: P
 
 
 def test_without_the_library_torch_runs_and_says_why(model: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(library, "LIBRARY_PATH", tmp_path / "none.so")
+    monkeypatch.setattr(sharedlib, "PATH", tmp_path / "none.so")
     library.load.cache_clear()
     try:
         opened = open_model(model, device="cpu")

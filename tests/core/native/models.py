@@ -17,9 +17,10 @@ from llmctl.core.model import Decoder
 from llmctl.core.model.frequencies import angle_tables
 from llmctl.core.native.cache import CacheDtype
 from llmctl.core.native.executor import NativeExecutor
-from llmctl.core.native.library import ISA_VARIABLE, KERNEL_NAMES, Int4Matrix, Int8Matrix, Unavailable, kernels, load
+from llmctl.core.native.library import ISA_VARIABLE, KERNEL_NAMES, Int4Matrix, Int8Matrix, kernels, load
 from llmctl.core.native.packed import pack_model
 from llmctl.core.quant import layout_for, quantise
+from llmctl.core.sharedlib import Unavailable
 from tests.core.model.families import reference_model
 
 

@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from llmctl.core.native.library import BFLOAT16, FLOAT32, ISA_VARIABLE, Session, Unavailable, from_bf16, kernels, to_bf16
+from llmctl.core.native.library import BFLOAT16, FLOAT32, ISA_VARIABLE, Session, from_bf16, kernels, to_bf16
+from llmctl.core.sharedlib import Unavailable
 from tests.core.native.models import forced, runnable_kernels
 
 pytestmark = pytest.mark.skipif(not runnable_kernels(), reason="the native library was not built")
