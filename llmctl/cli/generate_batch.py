@@ -20,6 +20,7 @@ from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import out, stdin_lines
 from llmctl.core.config.generate import GenerateConfig
+from llmctl.core.distributed.place import TORCHRUN
 from llmctl.core.errors import InputError, Interrupted, LlmctlError, NotFoundError, PartialFailure, UsageError
 from llmctl.core.files import check_out_file
 
@@ -99,7 +100,7 @@ def run_processes(config: GenerateConfig, shell: Shell) -> bool:
 def torchrun_shard(environ: Mapping[str, str]) -> tuple[int, int] | None:
     """The shard of this rank, where torchrun started several."""
     rank, world_size = environ.get("RANK", ""), environ.get("WORLD_SIZE", "")
-    if "TORCHELASTIC_RUN_ID" not in environ or not rank.isdigit() or not world_size.isdigit() or int(world_size) < 2:
+    if TORCHRUN not in environ or not rank.isdigit() or not world_size.isdigit() or int(world_size) < 2:
         return None
     return int(rank) + 1, int(world_size)
 

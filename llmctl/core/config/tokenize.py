@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.core.config.fields import check_fields, option, option_like
+from llmctl.core.config.fields import check_fields, flag_of, option, option_like, options_of
 from llmctl.core.config.pack import PackConfig
 from llmctl.core.errors import MissingSettingError, UsageError
 
@@ -61,9 +61,9 @@ class TrainConfig:
         if self.out_dir is None:
             raise MissingSettingError("--out-dir is missing: the folder for the tokenizer")
         if self.from_model is not None:
-            for flag, name, default in (("--kind", self.kind, "bpe"), ("--pattern", self.pattern, "llama3")):
-                if name != default:
-                    raise UsageError(f"{flag} does not go with --from: the tokenizer that is extended decides")
+            for field in options_of(type(self)):
+                if field.name in ("kind", "pattern") and getattr(self, field.name) != field.default:
+                    raise UsageError(f"{flag_of(field)} does not go with --from: the tokenizer that is extended decides")
 
 
 @dataclass(frozen=True, kw_only=True)

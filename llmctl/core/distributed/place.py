@@ -12,6 +12,9 @@ from dataclasses import dataclass
 LAUNCHED = "LLMCTL_LAUNCHED"
 """Set by `--nproc` for the processes it starts: they end with it and leave their last line to it."""
 
+TORCHRUN = "TORCHELASTIC_RUN_ID"
+"""Set by torchrun's agent, which is the one of `--nproc` too, for its processes."""
+
 _ERROR_FILE = "TORCHELASTIC_ERROR_FILE"
 """Where torch's agent lets a process leave why it failed."""
 _PR_SET_PDEATHSIG = 1

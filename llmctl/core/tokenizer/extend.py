@@ -61,16 +61,11 @@ def extend_tokenizer(
         WordCounter(PATTERNS[0]).close()
     except NotNativeError as error:
         raise LlmctlError(f"--from cannot do without the native library: {error}") from error
-    reasons: list[str] = []
 
-    def open_counter(head: Sequence[str]) -> WordCounter | None:
-        try:
-            if pattern is None:
-                raise NotNativeError("it does not know this tokenizer's way of cutting text into words")
-            return proven_counter(head, pattern, min_frequency)
-        except NotNativeError as error:
-            reasons.append(str(error))
-            return None
+    def open_counter(head: Sequence[str]) -> WordCounter:
+        if pattern is None:
+            raise NotNativeError("it does not know this tokenizer's way of cutting text into words")
+        return proven_counter(head, pattern, min_frequency)
 
     read = yield from read_corpus(texts, open_counter=open_counter, sample_bytes=sample_bytes, seed=seed)
     backend = tokenizers.Tokenizer.from_str(json.dumps(content, ensure_ascii=False))
@@ -87,7 +82,7 @@ def extend_tokenizer(
         chat_template=chat_template if chat_template is not None else CHATML_TEMPLATE if chat else base.chat_template,
         model_max_length=base.model_max_length,
     )
-    yield trained(result, read, reason=reasons[0] if reasons else None, base=base)
+    yield trained(result, read, base=base)
 
 
 def _check_kind(model: dict[str, Any]) -> None:

@@ -8,13 +8,13 @@ corpus with it compares a sample as it goes (core.data.encoders). What it does n
 import json
 import os
 import random
-import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmctl.core.memory import peak_bytes
 from llmctl.core.tokenizer.parts import types_in
 
 if TYPE_CHECKING:
@@ -183,6 +183,4 @@ def _resident_bytes() -> int:
         with open("/proc/self/statm", "rb") as file:
             return int(file.read().split()[1]) * os.sysconf("SC_PAGE_SIZE")
     except OSError:
-        import resource
-
-        return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+        return peak_bytes()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 
 from llmctl.core.errors import InputError
-from llmctl.core.tokenizer.words import LONGEST_RUN_CHARS, WordCounter, Words
+from llmctl.core.tokenizer.words import LONGEST_RUN_CHARS, NotNativeError, WordCounter, Words
 
 HEAD_CHARS = 1 << 20
 """So much of the beginning decides who learns: with less `tokenizers`, which would learn from a good part of it for the proof anyway."""
@@ -46,18 +46,26 @@ class CorpusTaken:
     is_heldout: bool
     num_bytes: int
     sample_bytes: int
+    reason: str | None = None
+    """Why words were not counted, where they might have been."""
 
 
 def read_corpus(
-    texts: Iterable[str], *, open_counter: Callable[[Sequence[str]], WordCounter | None], sample_bytes: int | None, seed: int
+    texts: Iterable[str], *, open_counter: Callable[[Sequence[str]], WordCounter] | None, sample_bytes: int | None, seed: int
 ) -> Generator[CorpusRead, None, CorpusTaken]:
-    """Take `texts` in, counted where `open_counter` gives a counter for their beginning; all of them, or a sample.
+    """Take `texts` in; all of them, or a sample. Their words are counted by what `open_counter` gives for their beginning.
 
-    Raises InputError where there is no text to learn from.
+    Where it raises NotNativeError, or is None, a sample of the texts is kept instead. Raises InputError where there is no text to
+    learn from.
     """
     pieces = (piece for text in texts for piece in pieces_of(text))
     head = list(_head(pieces))
-    counter = open_counter(head)
+    counter, reason = None, None
+    if open_counter is not None:
+        try:
+            counter = open_counter(head)
+        except NotNativeError as error:
+            reason = str(error)
     if counter is not None and sample_bytes is None:
         intake: Everything | Sample = Everything(counter, seed=seed)
     else:
@@ -79,7 +87,7 @@ def read_corpus(
         words = counter.take()
         counter.close()
     measured = heldout or training or head
-    return CorpusTaken(words, training, measured, bool(heldout), intake.num_bytes, intake.kept_bytes)
+    return CorpusTaken(words, training, measured, bool(heldout), intake.num_bytes, intake.kept_bytes, reason)
 
 
 def _head(pieces: Iterator[str]) -> Iterator[str]:

@@ -79,15 +79,7 @@ def train_tokenizer(
     if vocab_size < SMALLEST_VOCAB + len(specials):
         needed = SMALLEST_VOCAB + len(specials)
         raise UsageError(f"--vocab-size {vocab_size}: at least {needed} are needed, for 256 bytes and {len(specials)} special tokens")
-    reasons: list[str] = []
-
-    def open_counter(head: Sequence[str]) -> WordCounter | None:
-        try:
-            return None if model == "word" else proven_counter(head, pattern, min_frequency)
-        except NotNativeError as error:
-            reasons.append(str(error))
-            return None
-
+    open_counter = None if model == "word" else lambda head: proven_counter(head, pattern, min_frequency)
     read = yield from read_corpus(texts, open_counter=open_counter, sample_bytes=sample_bytes, seed=seed)
     num_ordinary = vocab_size - len(specials)
     if read.words is not None:
@@ -100,10 +92,10 @@ def train_tokenizer(
     backend.add_special_tokens([AddedToken(token, special=True, normalized=False) for token in specials])
     template = chat_template if chat_template is not None else (CHATML_TEMPLATE if chat else None)
     tokenizer = Tokenizer.from_parts(backend, bos=END_OF_TEXT, eos=END_OF_TEXT, pad=END_OF_TEXT, chat_template=template)
-    yield trained(tokenizer, read, reason=reasons[0] if reasons else None)
+    yield trained(tokenizer, read)
 
 
-def trained(tokenizer: Tokenizer, read: CorpusTaken, *, reason: str | None, base: Tokenizer | None = None) -> TokenizerTrained:
+def trained(tokenizer: Tokenizer, read: CorpusTaken, *, base: Tokenizer | None = None) -> TokenizerTrained:
     """The result, measured; `base` is the tokenizer that was extended."""
     measured_bytes = sum(len(piece.encode("utf-8")) for piece in read.measured)
 
@@ -121,7 +113,7 @@ def trained(tokenizer: Tokenizer, read: CorpusTaken, *, reason: str | None, base
         bytes_per_token=measured_bytes / num_tokens,
         is_heldout=read.is_heldout,
         trainer="tokenizers" if read.words is None else "native",
-        trainer_reason=reason,
+        trainer_reason=read.reason,
         num_dropped=0 if read.words is None else read.words.num_dropped,
         most_missed=0 if read.words is None else read.words.most_missed,
         bytes_per_token_before=None if base is None else measured_bytes / tokens_by(base),

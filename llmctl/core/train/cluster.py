@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from llmctl.core.config.mesh import Mesh
 from llmctl.core.config.model import ModelConfig
 from llmctl.core.errors import UsageError
-from llmctl.core.model.facts import flops_per_token, muon_scratch_bytes, tensor_shapes, training_memory
+from llmctl.core.model.facts import flops_per_token, layer_activation_bytes, loss_bytes, muon_scratch_bytes, tensor_shapes
 from llmctl.core.train.events import PlannedElsewhere
 
 EFFICIENCY = 0.45
@@ -184,9 +184,8 @@ def _held(sizes: _Sizes, mesh: Mesh, work: Work) -> tuple[float, float, float, f
 
 def _activations(config: ModelConfig, mesh: Mesh, work: Work, tokens: int) -> float:
     """What facts.training_memory counts; with recomputation twice one layer's, and every layer's input."""
-    whole = training_memory(config, tokens_per_micro_batch=tokens, compute_bytes=work.compute_bytes).activation_bytes
-    loss = 2 * min(tokens, 1024) * config.vocab_size * 4
-    layers = (whole - loss) / (1 + 1 / config.num_layers)  # without the gradients of one
+    layers = layer_activation_bytes(config, tokens=tokens, compute_bytes=work.compute_bytes)
+    loss = loss_bytes(config, tokens=tokens)
     inputs = tokens * config.hidden_size * work.compute_bytes
     if work.recomputes:
         return loss + 2 * layers / config.num_layers + inputs * config.num_layers

@@ -6,11 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 from llmctl.core.config.fields import flag_of, options_of
-from llmctl.core.distributed.place import LAUNCHED, place_of
+from llmctl.core.distributed.place import LAUNCHED, TORCHRUN, place_of
 
 _CARRIED = ("device", "threads", "mesh", "offload", "rank_timeout", "async_save")
 """Settings of an invocation that a run's stored config leaves out, and that the next one should have too."""
-_BY_TORCHRUN = "TORCHELASTIC_RUN_ID"
 
 
 def resume_command(command: str, config: Any, environ: Mapping[str, str] = os.environ) -> str:
@@ -29,7 +28,7 @@ def resume_command(command: str, config: Any, environ: Mapping[str, str] = os.en
     plain = " ".join(["llmctl", *map(shlex.quote, words)])
     if place.size == 1 or LAUNCHED in environ:
         return plain
-    if _BY_TORCHRUN not in environ:
+    if TORCHRUN not in environ:
         return f"{plain}  # in {place.size} processes, started as before"
     num_nodes = place.size // place.local_size
     if num_nodes == 1:
