@@ -105,7 +105,8 @@ def pretrain_and_die(settings: dict[str, Any], at_rank: int, function: str, call
 def finetune(settings: dict[str, Any], dtype: str) -> list[float]:
     """Fine-tune with arithmetic in `dtype`. Gives the losses."""
     lists = {k: tuple(map(Path, settings[k])) for k in ("data", "val_data") if k in settings}
-    config = FinetuneConfig(**{**settings, **lists, "out_dir": Path(settings["out_dir"])})
+    paths = {k: Path(settings[k]) for k in ("out_dir", "resume_from") if k in settings}
+    config = FinetuneConfig(**{**settings, **lists, **paths})
     return _trained(finetuning.train(config), dtype, None)
 
 
