@@ -178,6 +178,7 @@ def test_an_error_of_all_ranks_is_told_once_and_keeps_its_exit_code(packed: Path
     assert not (tmp_path / "run").exists()
 
 
+@pytest.mark.slow
 def test_a_master_that_is_not_there_is_one_line_in_time(packed: Path, tmp_path: Path) -> None:
     environment = {**ENVIRONMENT, "RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     command = [sys.executable, "-m", "llmctl", *arguments(packed, tmp_path / "run", "--rank-timeout", "1")]
@@ -215,6 +216,7 @@ def run_twice(tmp_path: Path, *command: str) -> None:
         assert code == 0, errors
 
 
+@pytest.mark.slow
 def test_eval_gives_the_same_numbers_for_any_number_of_processes(tmp_path: Path) -> None:
     texts = [tmp_path / f"{name}.txt" for name in ("first", "second")]
     for number, text in enumerate(texts):
