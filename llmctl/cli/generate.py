@@ -10,7 +10,7 @@ from llmctl.cli.generate_constraint import read_constraint
 from llmctl.cli.generate_stats import Stats
 from llmctl.cli.generate_view import TextView
 from llmctl.cli.options import add_command
-from llmctl.cli.shell import Shell
+from llmctl.cli.shell import Shell, collector_off
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import decode_utf8, out, read_stdin, stdin_has_input, stdin_is_terminal
 from llmctl.core.config.generate import GenerateConfig
@@ -98,6 +98,11 @@ def _verify_cache(config: GenerateConfig, shell: Shell) -> None:
 
 def open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
     """Load what the flags name."""
+    with collector_off():
+        return _open_generator(config, num_slots=num_slots)
+
+
+def _open_generator(config: GenerateConfig, *, num_slots: int) -> "Generator":
     from llmctl.core.infer.generator import Generator
 
     return Generator.open(

@@ -5,6 +5,7 @@ imports torch, transformers and rich inside the functions that need them.
 """
 
 import errno
+import gc
 import importlib
 import signal
 import sys
@@ -109,6 +110,7 @@ def main() -> None:
             sys.stdout.flush()
     except OSError as error:
         code = _report(stdout_failure(error))
+    gc.freeze()  # so that the interpreter, as it ends, does not look through all that it will drop anyway
     sys.exit(code)
 
 

@@ -1,7 +1,10 @@
 """The shell a command runs in: verbosity, warnings, notes, and the one Rich console. Everything here goes to stderr."""
 
+import contextlib
+import gc
 import os
 import sys
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -19,6 +22,18 @@ def stderr_line(text: str) -> None:
             sys.stderr.flush()
     except (OSError, ValueError):
         pass
+
+
+@contextlib.contextmanager
+def collector_off() -> Iterator[None]:
+    """No search for garbage within the block: nearly all that imports and opening a model make stays, and is looked through in vain."""
+    was_on = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if was_on:
+            gc.enable()
 
 
 @dataclass

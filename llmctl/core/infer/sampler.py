@@ -25,6 +25,7 @@ IntArray = NDArray[np.int64]
 
 _FIRST_SORTED = 256
 """Top-p sorts this many candidates first, and more only when they do not hold the mass: a full sort of 150,000 costs 10 ms."""
+_WORD = (1 << 64) - 1
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -183,7 +184,12 @@ def uniform_at(seed: int, key: int, token_index: int) -> float:
     """The uniform number in [0, 1) for token `token_index` of the stream (`seed`, `key`), each below 2**64.
 
     Philox 4x64-10 (Salmon et al. 2011) with the key (seed, key) and the counter (token_index, 0, 0, 0), as numpy
-    numbers its blocks; the upper 53 bits of the first word.
+    numbers its blocks, which counts up first; the upper 53 bits of the first word. In whole numbers of Python this takes
+    a third of the time of a numpy.random.Philox made for one draw, and a start does without the import of numpy.random.
     """
-    generator = np.random.Philox(key=np.array([seed, key], dtype=np.uint64), counter=np.array([token_index, 0, 0, 0], dtype=np.uint64))
-    return (int(generator.random_raw()) >> 11) * 2.0**-53
+    first, second, third, fourth = token_index + 1 & _WORD, token_index + 1 >> 64, 0, 0
+    for _ in range(10):
+        left, right = first * 0xD2E7470EE14C6C93, third * 0xCA5A826395121157
+        first, second, third, fourth = right >> 64 ^ second ^ seed, right & _WORD, left >> 64 ^ fourth ^ key, left & _WORD
+        seed, key = seed + 0x9E3779B97F4A7C15 & _WORD, key + 0xBB67AE8584CAA73B & _WORD
+    return (first >> 11) * 2.0**-53

@@ -204,10 +204,13 @@ def test_philox_oracle_gives_the_published_vectors() -> None:
     assert philox_4x64_10([0] * 4, [0] * 2) == [0x16554D9ECA36314C, 0xDB20FE9D672D0FDC, 0xD7E772CEE186176B, 0x7E68B68AEC7BA23B]
 
 
-@pytest.mark.parametrize(("seed", "key", "index"), [(0, 0, 0), (2**64 - 1, 7, 3), (12345, 2**63, 10**6)])
+@pytest.mark.parametrize(("seed", "key", "index"), [(0, 0, 0), (2**64 - 1, 7, 3), (12345, 2**63, 10**6), (2**64 - 1, 2**64 - 1, 2**64 - 1)])
 def test_uniforms_are_philox_of_seed_item_and_token(seed: int, key: int, index: int) -> None:
-    word = philox_4x64_10([index + 1, 0, 0, 0], [seed, key])[0]  # numpy counts up before it makes a block
+    count = index + 1  # numpy counts up before it makes a block
+    word = philox_4x64_10([count % 2**64, count // 2**64, 0, 0], [seed, key])[0]
     assert uniform_at(seed, key, index) == (word >> 11) / 2**53
+    theirs = np.random.Philox(key=np.array([seed, key], np.uint64), counter=np.array([index, 0, 0, 0], np.uint64))
+    assert uniform_at(seed, key, index) == np.random.Generator(theirs).random()
 
 
 def test_streams_differ_by_item_sample_and_type() -> None:
