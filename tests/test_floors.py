@@ -35,6 +35,7 @@ FLOORS = {
     "tensorfile": 1,
     "model": 1,
     "native": 1,
+    "cachefiles": 2,
     "families": 2,
     "data": 2,
     "report": 2,

@@ -218,7 +218,8 @@ def verify_packed(
 
 def cache_key(source: "Source", *, held: str, quant: str | None) -> "CacheKey | None":
     """What the packed weights of a model are kept under; None when nothing is kept."""
-    from llmctl.core.infer.weightcache import CacheKey, directory
+    from llmctl.core.cachefiles import directory
+    from llmctl.core.infer.weightcache import CacheKey
 
     if directory() is None:
         return None

@@ -1,18 +1,11 @@
-"""Packed weights kept in files, so that the next start maps them instead of packing anew. Knows packed models and files; no model.
+"""Packed weights kept in files (core/cachefiles.py), so that the next start maps them instead of packing anew. Knows packed models.
 
-A file is safetensors, each array at a multiple of 64 bytes, under a name that is a hash of what it was made from: path, inode,
-size, time and header of each weight file, and how the weights are held. It appears whole or not at all, two processes that make
-it at once make the same, and the files that were used longest ago go when all take more than the limit.
-
-LLMCTL_CACHE_DIR says where (default: llmctl in $XDG_CACHE_HOME or ~/.cache), LLMCTL_CACHE_BYTES how much; 0 turns it off.
+A file is made from path, inode, size, time and header of each weight file, and how the weights are held.
 """
 
-import contextlib
-import hashlib
 import json
 import math
 import os
-import time
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,24 +14,18 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from llmctl.core.cachefiles import FILLER, NUMPY_DTYPES, Content, directory, identity, keep, name_of, sha256_of
 from llmctl.core.config.model import ModelConfig
-from llmctl.core.errors import InputError, LlmctlError, UsageError
-from llmctl.core.files import TEMP_PREFIX, atomic_write, sha256_file
+from llmctl.core.errors import InputError, LlmctlError
+from llmctl.core.files import sha256_file
 from llmctl.core.native.library import PackedMatrix
 from llmctl.core.native.packed import PackedModel, check_packed
 from llmctl.core.sharedlib import ABI
 from llmctl.core.tensorfile import TensorFile
 
-DIRECTORY_VARIABLE, BYTES_VARIABLE = "LLMCTL_CACHE_DIR", "LLMCTL_CACHE_BYTES"
-DEFAULT_BYTES = 16 << 30
 SMALLEST_BYTES = 48 << 20
 """Smaller models are packed in less time than a second file takes to find its way to the disk."""
 _FORMAT = 1
-_ALIGNMENT = 64
-_DTYPES = {"float32": "F32", "uint16": "BF16", "uint8": "U8", "float16": "F16"}
-_NUMPY = {theirs: np.dtype(ours) for ours, theirs in _DTYPES.items()}
-_HASHED_HEADER_BYTES = 4 << 20
-_STALE_S = 3600.0
 
 
 @dataclass(frozen=True)
@@ -50,50 +37,12 @@ class CacheKey:
     @classmethod
     def of(cls, files: Sequence[Path], *, held: str, quant: str | None) -> "CacheKey":
         """The key of weights in these files, held so. Raises OSError."""
-        return cls({"format": _FORMAT, "abi": ABI, "held": held, "quant": quant, "files": [_identity(path) for path in files]})
+        return cls({"format": _FORMAT, "abi": ABI, "held": held, "quant": quant, "files": [identity(path) for path in files]})
 
     @property
     def name(self) -> str:
         """File name in the cache."""
-        return hashlib.sha256(json.dumps(self.facts, sort_keys=True).encode()).hexdigest()[:40] + ".safetensors"
-
-
-def _identity(path: Path) -> list[Any]:
-    """What changes when a file does: hashing all of it would cost half a start."""
-    resolved = path.resolve()
-    status = resolved.stat()
-    with resolved.open("rb") as file:
-        head = file.read(8)
-        length = int.from_bytes(head, "little")
-        # a safetensors file says how long its header is; of another, GGUF, the first megabytes hold it
-        file.seek(0)
-        header = file.read(min(length + 8 if length < _HASHED_HEADER_BYTES else _HASHED_HEADER_BYTES, _HASHED_HEADER_BYTES))
-    where = os.fsencode(resolved).decode("utf-8", "surrogateescape").encode("unicode_escape", "surrogatepass").decode()
-    return [where, status.st_ino, status.st_size, status.st_mtime_ns, hashlib.sha256(header).hexdigest()]
-
-
-def directory() -> Path | None:
-    """Where packed weights are kept, or None when they are not."""
-    if limit_bytes() == 0:
-        return None
-    given = os.environ.get(DIRECTORY_VARIABLE)
-    if given:
-        return Path(given)
-    base = os.environ.get("XDG_CACHE_HOME")
-    if base and os.path.isabs(base):
-        return Path(base) / "llmctl"
-    home = os.environ.get("HOME")
-    return Path(home) / ".cache" / "llmctl" if home and os.path.isabs(home) else None
-
-
-def limit_bytes() -> int:
-    """How much all files may take. Raises UsageError for a value that is no whole number."""
-    text = os.environ.get(BYTES_VARIABLE)
-    if not text:
-        return DEFAULT_BYTES
-    if not text.isdecimal():
-        raise UsageError(f"{BYTES_VARIABLE}={text}: a whole number of bytes is wanted, 0 to keep no packed weights")
-    return int(text)
+        return name_of(self.facts)
 
 
 def load(key: CacheKey, config: ModelConfig) -> PackedModel | None:
@@ -114,32 +63,17 @@ def load(key: CacheKey, config: ModelConfig) -> PackedModel | None:
 
 def store(key: CacheKey, packed: PackedModel, *, sources: Sequence[Path]) -> str | None:
     """Keep packed weights, and let old files go. Gives why they are not kept, or None; a cache never fails a command."""
-    folder = directory()
-    if folder is None:
-        return "the cache of packed weights is off"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        _remove_stale(folder)
-        status = os.statvfs(folder)
-        if packed.num_bytes > limit_bytes() or 2 * packed.num_bytes > status.f_bavail * status.f_frsize:
-            return f"no room for {packed.num_bytes:,} bytes of packed weights in {folder}"
-        path = folder / key.name
-        if path.exists():
-            return None
+
+    def content() -> Content:
         arrays = dict(_arrays(packed))
-        metadata = {
+        return arrays, {
             "kinds": json.dumps({name: [m.kind, m.outputs, m.inputs] for name, m in packed.matrices.items()}),
-            "sha256": _hash(arrays),
+            "sha256": sha256_of(arrays),
             "sources": json.dumps([[str(source), sha256_file(source)] for source in sources]),
             "key": json.dumps(key.facts, sort_keys=True),
         }
-        with atomic_write(path) as file:
-            for piece in _pieces(arrays, metadata):
-                file.write(piece)
-        _shrink(folder, keep=path)
-    except (LlmctlError, OSError) as error:
-        return f"packed weights are not kept: {error}"
-    return None
+
+    return keep(key.name, content, num_bytes=packed.num_bytes, what="packed weights")
 
 
 def verify(key: CacheKey) -> str | None:
@@ -153,8 +87,8 @@ def verify(key: CacheKey) -> str | None:
         return None
     try:
         file = TensorFile(path)
-        metadata = _metadata(path)
-        if _hash(dict(_arrays(_from_file(file)))) != metadata["sha256"]:
+        metadata = file.metadata
+        if sha256_of(dict(_arrays(_from_file(file)))) != metadata["sha256"]:
             raise InputError(f"{path}: sha256 mismatch: the packed weights are damaged")
         for source, wanted in json.loads(metadata["sources"]):
             if sha256_file(Path(source)) != wanted:
@@ -176,43 +110,16 @@ def _arrays(packed: PackedModel) -> Iterator[tuple[str, NDArray[Any]]]:
         yield f"vector {name}", vector
 
 
-def _pieces(arrays: dict[str, NDArray[Any]], metadata: dict[str, str]) -> Iterator[Any]:
-    """The file: its header, then the arrays, with fillers so that each begins at a multiple of 64 bytes."""
-    header: dict[str, Any] = {"__metadata__": metadata}
-    offset = 0
-    fillers: list[int] = []
-    for name, array in arrays.items():
-        header[name] = {"dtype": _DTYPES[str(array.dtype)], "shape": list(array.shape), "data_offsets": [offset, offset + array.nbytes]}
-        offset += array.nbytes
-        fillers.append(-offset % _ALIGNMENT)
-        if fillers[-1]:
-            header[f"filler {name}"] = {"dtype": "U8", "shape": [fillers[-1]], "data_offsets": [offset, offset + fillers[-1]]}
-            offset += fillers[-1]
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-(len(text) + 8) % _ALIGNMENT)
-    yield len(text).to_bytes(8, "little") + text
-    for array, filler in zip(arrays.values(), fillers, strict=True):
-        yield np.ascontiguousarray(array).reshape(-1).view(np.uint8).data
-        yield bytes(filler)
-
-
-def _metadata(path: Path) -> dict[str, str]:
-    with path.open("rb") as file:
-        length = int.from_bytes(file.read(8), "little")
-        metadata = json.loads(file.read(min(length, 16 << 20)))["__metadata__"]
-    return dict(metadata)
-
-
 def _from_file(file: TensorFile) -> PackedModel:
     """Raises KeyError and ValueError for a file that holds something else."""
-    kinds: dict[str, tuple[int, int, int]] = json.loads(_metadata(file.path)["kinds"])
+    kinds: dict[str, tuple[int, int, int]] = json.loads(file.metadata["kinds"])
     parts: dict[str, dict[str, NDArray[Any]]] = {name: {} for name in kinds}
     vectors: dict[str, NDArray[np.float32]] = {}
     for entry in file.entries.values():
-        if entry.name.startswith("filler "):
+        if entry.name.startswith(FILLER):
             continue
         count = math.prod(entry.shape)
-        array = np.frombuffer(file.buffer, _NUMPY[entry.dtype], count, entry.start).reshape(entry.shape)
+        array = np.frombuffer(file.buffer, NUMPY_DTYPES[entry.dtype], count, entry.start).reshape(entry.shape)
         what, _, rest = entry.name.partition(" ")
         if what == "vector":
             vectors[rest] = array
@@ -224,36 +131,3 @@ def _from_file(file: TensorFile) -> PackedModel:
         kind, outputs, inputs = kinds[name]
         matrices[name] = PackedMatrix(kind=kind, outputs=outputs, inputs=inputs, **arrays)
     return PackedModel(matrices, vectors)
-
-
-def _hash(arrays: dict[str, NDArray[Any]]) -> str:
-    digest = hashlib.sha256()
-    for name, array in arrays.items():
-        digest.update(name.encode())
-        digest.update(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-    return digest.hexdigest()
-
-
-def _remove_stale(folder: Path) -> None:
-    """What a killed process left half written."""
-    for path in folder.glob(f"{TEMP_PREFIX}*"):
-        with contextlib.suppress(OSError):
-            if time.time() - path.stat().st_mtime > _STALE_S:
-                path.unlink()
-
-
-def _shrink(folder: Path, *, keep: Path) -> None:
-    """Remove files, the one used longest ago first, until all fit the limit. Who has one mapped keeps it until it ends."""
-    found = []
-    for path in folder.glob("*.safetensors"):
-        with contextlib.suppress(OSError):
-            status = path.stat()
-            found.append((status.st_mtime_ns, status.st_size, path))
-    total = sum(size for _, size, _ in found)
-    for _, size, path in sorted(found):
-        if total <= limit_bytes():
-            return
-        if path != keep:
-            with contextlib.suppress(OSError):
-                path.unlink()
-                total -= size

@@ -13,6 +13,7 @@ import pytest
 import safetensors
 
 from llmctl.cli.main import run
+from llmctl.core import cachefiles
 from llmctl.core.errors import InputError, UsageError
 from llmctl.core.infer import weightcache
 from llmctl.core.infer.source import open_source
@@ -175,21 +176,21 @@ def test_a_cache_that_is_off_or_unusable_is_no_failure(cache: Path, model: Path,
     assert "not kept" in str(weightcache.store(key, packed, sources=source.weight_files))
     assert weightcache.load(key, source.config) is None
     monkeypatch.setenv("LLMCTL_CACHE_BYTES", "0")
-    assert weightcache.directory() is None
+    assert cachefiles.directory() is None
     assert "off" in str(weightcache.store(key, packed, sources=source.weight_files))
     monkeypatch.setenv("LLMCTL_CACHE_BYTES", "lots")
     with pytest.raises(UsageError, match="LLMCTL_CACHE_BYTES=lots"):
-        weightcache.limit_bytes()
+        cachefiles.limit_bytes()
 
 
 def test_without_a_home_nothing_is_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("LLMCTL_CACHE_BYTES", "HOME", "XDG_CACHE_HOME"):
         monkeypatch.delenv(name, raising=False)
-    assert weightcache.directory() is None
+    assert cachefiles.directory() is None
     monkeypatch.setenv("HOME", "/somebody")
-    assert weightcache.directory() == Path("/somebody/.cache/llmctl")
+    assert cachefiles.directory() == Path("/somebody/.cache/llmctl")
     monkeypatch.setenv("XDG_CACHE_HOME", "/elsewhere")
-    assert weightcache.directory() == Path("/elsewhere/llmctl")
+    assert cachefiles.directory() == Path("/elsewhere/llmctl")
 
 
 def test_what_a_killed_process_left_goes_after_a_while(cache: Path, model: Path) -> None:
