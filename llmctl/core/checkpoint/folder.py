@@ -108,14 +108,21 @@ def token_ids(value: Any) -> tuple[int, ...]:
     return tuple(v for v in values if isinstance(v, int) and not isinstance(v, bool) and v >= 0)
 
 
-def load_tokenizer(path: Path, *, adapter: Path | None = None) -> "Tokenizer":
-    """The tokenizer of a model directory or of a `.gguf` file; that of `adapter` where it has one."""
+def load_tokenizer(path: Path, *, adapter: Path | None = None, quickly: bool = False) -> "Tokenizer":
+    """The tokenizer of a model directory or of a `.gguf` file; that of `adapter` where it has one.
+
+    `quickly` takes the tables that are kept of a large one, and has them made where there are none.
+    """
     path = adapter if adapter is not None and (adapter / "tokenizer.json").is_file() else Path(path)
     if path.suffix == ".gguf":
         from llmctl.core.families.gguf_tokenizer import tokenizer_from_gguf
         from llmctl.core.gguf import GgufFile
 
         return tokenizer_from_gguf(GgufFile(path).metadata, where=str(path))
+    if quickly and path.is_dir():
+        from llmctl.core.checkpoint.kepttokens import tokenizer_of
+
+        return tokenizer_of(path)
     from llmctl.core.tokenizer import Tokenizer
 
     return Tokenizer.load(path)

@@ -89,7 +89,7 @@ class Generator:
         from llmctl.core.checkpoint import check_tokenizer, load_tokenizer, resolve_adapted
 
         path, folder = resolve_adapted(None if model is None else str(model), None if adapter is None else str(adapter))
-        words = load_tokenizer(path, adapter=folder) if tokenizer is None else load_tokenizer(tokenizer)
+        words = load_tokenizer(path if tokenizer is None else tokenizer, adapter=folder if tokenizer is None else None, quickly=True)
         if chat_template is not None:
             words.chat_template = chat_template
         machine: dict[str, Any] = {

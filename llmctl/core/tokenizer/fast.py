@@ -7,7 +7,6 @@ corpus with it compares a sample as it goes (core.data.encoders). What it does n
 
 import json
 import os
-import random
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -15,6 +14,7 @@ import numpy as np
 import numpy.typing as npt
 
 from llmctl.core.memory import peak_bytes
+from llmctl.core.tokenizer.odd_texts import odd_texts
 from llmctl.core.tokenizer.parts import types_in
 
 if TYPE_CHECKING:
@@ -72,7 +72,7 @@ def open_fast(tokenizer: "Tokenizer") -> FastEncoder:
         raise FastRefusedError("it is not installed (pip install 'llmctl[fast]')") from error
     except Exception as error:
         raise FastRefusedError(f"it does not take this tokenizer: {' '.join(str(error).split())[:200]}") from error
-    probes = _probes(tokenizer)
+    probes = odd_texts(tokenizer)
     wanted = tokenizer.encode_batch(probes, add_bos=False)
     try:
         found = [fast.encode([text.encode()])[0].tolist() for text in probes]
@@ -94,87 +94,6 @@ def _load(content: str) -> Any:
     from gigatoken.gigatoken_rs import load_hf_json
 
     return load_hf_json(content)
-
-
-def _probes(tokenizer: "Tokenizer") -> list[str]:
-    """Texts that take implementations apart: runs of blanks, contractions, every kind of character, long words, and
-    random mixtures of them, always the same."""
-    atoms = [
-        *(
-            "a",
-            "Zed",
-            " the",
-            "'s",
-            "'LL",
-            "'t'",
-            " 'd",
-            "don't",
-            "I'VE",
-            "ſ",
-            "'ſ",
-            "1",
-            "12345",
-            "٣٤",
-            "½",
-            "²",
-            "Ⅷ",
-            "_",
-            "-",
-            "...",
-            "!?",
-            "</s>",
-        ),
-        *("\n", "\r\n", "\r", "\t", " ", "  ", "     ", "\u00a0", "\u3000", "\u2028", "\u0085", "\u200b", "\ufeff", "\x00", "\x1c", "\x7f"),
-        *(
-            "é",
-            "e\u0301",
-            "ü",
-            "ß",
-            "İ",
-            "Ångström",
-            "ﬁ",
-            "Ω",
-            "привет",
-            "שלום",
-            "مرحبا",
-            "हिन्दी",
-            "ไทย",
-            "國王",
-            "かな",
-            "カナ",
-            "한국어",
-            "ᄒ\u1161\u11ab",
-        ),
-        *(
-            "🦊",
-            "👩‍👩‍👧",
-            "🇩🇪",
-            "\u0301",
-            "𝔘",
-            "𐍈",
-            "\U000e0041",
-            "\ufffd",
-            "№",
-            "€",
-            "“”",
-            "—",
-            "/path",
-            "#tag",
-            "{}",
-            "();",
-            "==",
-            "\\n",
-            "<|",
-            "|>",
-        ),
-    ]
-    generator = random.Random(0)
-    mixed = ["".join(generator.choices(atoms, k=generator.choice((2, 3, 5, 9, 40)))) for _ in range(400)]
-    names = [f"a{name}b {name}" for name in list(tokenizer.special_tokens)[:20]]
-    tables = ["".join(map(chr, range(start, start + 64))) for start in (*range(0, 0x400, 64), 0x2000, 0x3000, 0x4E00, 0xAC00, 0xFF00)]
-    texts = [*atoms, *mixed, *tables, "a" * 3000, " " * 3000, "é" * 500, "ab" * 700, "\n" * 300, "國" * 300]
-    # A model that looks words up may find a control token's whole name; those texts are never encoded by gigatoken.
-    return [*texts, *(() if tokenizer.reaches_control else names)]
 
 
 def _resident_bytes() -> int:

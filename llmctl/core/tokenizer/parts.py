@@ -5,12 +5,12 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
-from typing import Any
-
-import tokenizers
-import tokenizers.models
+from typing import TYPE_CHECKING, Any
 
 from llmctl.core.errors import InputError
+
+if TYPE_CHECKING:
+    import tokenizers
 
 _BYTE_TOKEN = re.compile(r"<0x([0-9A-F]{2})>")
 
@@ -29,7 +29,7 @@ def backend_errors(what: str) -> Iterator[None]:
         raise
 
 
-def is_special(backend: tokenizers.Tokenizer, token: str) -> bool:
+def is_special(backend: "tokenizers.Tokenizer", token: str) -> bool:
     """Whether `token` is an added token that decoding may skip."""
     added = backend.get_added_tokens_decoder().values()
     return any(entry.special and entry.content == token for entry in added)
@@ -59,7 +59,7 @@ def _without_null(value: Any) -> Any:
     return value
 
 
-def fingerprint_of(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str | None) -> str:
+def fingerprint_of(backend: "tokenizers.Tokenizer", *, bos: str | None, eos: str | None) -> str:
     """See Tokenizer.fingerprint. Token shards hold it, so what goes into it, and how, can never change."""
     content = json.loads(backend.to_str())
     for key in ("truncation", "padding", "version"):
@@ -74,8 +74,10 @@ def fingerprint_of(backend: tokenizers.Tokenizer, *, bos: str | None, eos: str |
     return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
 
 
-def unknown_id(backend: tokenizers.Tokenizer) -> int | None:
+def unknown_id(backend: "tokenizers.Tokenizer") -> int | None:
     """The id that the model itself gives for what it does not know."""
+    import tokenizers.models
+
     model = backend.model
     if isinstance(model, tokenizers.models.Unigram):
         unknown = json.loads(model.__getstate__()).get("unk_id")
@@ -83,15 +85,17 @@ def unknown_id(backend: tokenizers.Tokenizer) -> int | None:
     return None if model.unk_token is None else backend.token_to_id(model.unk_token)
 
 
-def looks_up_words(backend: tokenizers.Tokenizer) -> bool:
+def looks_up_words(backend: "tokenizers.Tokenizer") -> bool:
     """Whether the model may give the id of a whole word that it finds in its table, a control token's name among them.
 
     BPE does not: it gets to a token only by merges.
     """
+    import tokenizers.models
+
     return not isinstance(backend.model, tokenizers.models.BPE) or bool(backend.model.ignore_merges)
 
 
-def measured_bytes(backend: tokenizers.Tokenizer, tokens: Mapping[int, str]) -> dict[int, int]:
+def measured_bytes(backend: "tokenizers.Tokenizer", tokens: Mapping[int, str]) -> dict[int, int]:
     """How many bytes of text each of `tokens` (id -> token) adds, for a tokenizer that is not byte-level.
 
     The first token of a text may be decoded differently (a space stripped), so each is measured after another one.

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-import tokenizers
 
 from llmctl.core.errors import InputError
 from llmctl.core.tokenizer.byte_level import byte_to_char, token_to_bytes
@@ -31,7 +30,9 @@ from llmctl.core.tokenizer.parts import (
 )
 from llmctl.core.tokenizer.stream import ByteStreamDecoder, StreamDecoder, WindowStreamDecoder
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # reading the tables of a plain encoder needs no `tokenizers`
+    import tokenizers
+
     from llmctl.core.tokenizer.chat import ChatEncoder
 
 MAX_VOCAB_SIZE = 1 << 24
@@ -45,7 +46,7 @@ class Tokenizer:
 
     def __init__(
         self,
-        backend: tokenizers.Tokenizer,
+        backend: "tokenizers.Tokenizer",
         *,
         bos: str | None,
         eos: str | None,
@@ -61,6 +62,8 @@ class Tokenizer:
                 raise InputError(f"the tokenizer has no token {token!r}, but its config names it as bos, eos or pad")
         missing = [t for t in dict.fromkeys(named) if not is_special(backend, t)]
         if missing:  # transformers marks them too, so that decoding can skip them
+            import tokenizers
+
             backend.add_special_tokens([tokenizers.AddedToken(t, special=True, normalized=False) for t in missing])
         backend.encode_special_tokens = True
         self._backend = backend
@@ -83,7 +86,7 @@ class Tokenizer:
     @classmethod
     def from_parts(
         cls,
-        tokenizer: tokenizers.Tokenizer,
+        tokenizer: "tokenizers.Tokenizer",
         *,
         bos: str | None,
         eos: str | None,
@@ -96,6 +99,11 @@ class Tokenizer:
         Raises InputError when it lacks one of the named tokens.
         """
         return cls(tokenizer, bos=bos, eos=eos, pad=pad, chat_template=chat_template, model_max_length=model_max_length)
+
+    @property
+    def backend(self) -> "tokenizers.Tokenizer":
+        """The tokenizer of `tokenizers` that this one stands on. Who takes it must not change it."""
+        return self._backend
 
     def __reduce__(self) -> Any:
         parts = (self.bos_token, self.eos_token, self.pad_token, self.chat_template, self.model_max_length)
@@ -119,8 +127,12 @@ class Tokenizer:
     def _tokens(self) -> dict[int, str]:
         return {token_id: token for token, token_id in self._ids.items()}
 
+    def tokens_by_id(self) -> dict[int, str]:
+        """Id -> token as the vocabulary writes it, added tokens included."""
+        return dict(self._tokens)
+
     @cached_property
-    def _added(self) -> dict[int, tokenizers.AddedToken]:
+    def _added(self) -> "dict[int, tokenizers.AddedToken]":
         return self._backend.get_added_tokens_decoder()
 
     @property
@@ -152,7 +164,7 @@ class Tokenizer:
         """Content -> id of the control tokens, in the order of their ids."""
         return {token.content: token_id for token_id, token in sorted(self._added.items()) if token.special}
 
-    def special_flags(self, token: str) -> tokenizers.AddedToken:
+    def special_flags(self, token: str) -> "tokenizers.AddedToken":
         """How the special token `token` is matched (lstrip, rstrip, ...)."""
         return self._added[self.special_tokens[token]]
 
@@ -329,7 +341,7 @@ class Tokenizer:
         return ids
 
     @contextlib.contextmanager
-    def _backend_for(self, *, special: bool) -> Iterator[tokenizers.Tokenizer]:
+    def _backend_for(self, *, special: bool) -> "Iterator[tokenizers.Tokenizer]":
         """The backend, for one caller at a time, set to see the names of special tokens or not.
 
         What it raises (bare Exception, or PanicException where Rust gave up) becomes InputError.
@@ -439,5 +451,7 @@ class Tokenizer:
 
 
 def _unpickle(content: str, bos: str | None, eos: str | None, pad: str | None, template: str | None, length: int | None) -> Tokenizer:
+    import tokenizers
+
     backend = tokenizers.Tokenizer.from_str(content)
     return Tokenizer(backend, bos=bos, eos=eos, pad=pad, chat_template=template, model_max_length=length)
