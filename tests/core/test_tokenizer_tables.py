@@ -16,7 +16,7 @@ from tokenizers import Regex, decoders, models, normalizers, pre_tokenizers, pro
 from llmctl.core.checkpoint.kepttokens import keep_tokenizer, key_of, load_kept, tokenizer_of
 from llmctl.core.errors import InputError
 from llmctl.core.tokenizer import Tokenizer
-from llmctl.core.tokenizer.plain import PlainEncoder
+from llmctl.core.tokenizer.plain import MOST_CHARS, PlainEncoder
 from llmctl.core.tokenizer.tabulate import NotTabulatedError, tabulate
 from tests.core.tokenizer_kinds import CORPUS, ENGLISH, KINDS, TEXTS, trained, write_kind
 
@@ -129,6 +129,13 @@ def test_what_the_tables_cannot_say_is_refused_or_left_to_tokenizers(tmp_path: P
     assert plain.encode("Once upon a time", special=False, post=False) == lacking.encode("Once upon a time")
     assert lacking.missing_bytes
     assert plain.encode("Q~Z^`", special=False, post=False) is None
+
+
+def test_who_encodes_much_is_sent_to_tokenizers() -> None:
+    plain = encoder_of(made("gpt2"))
+    text = "word " * (MOST_CHARS // 50)
+    answers = [plain.encode(text, special=False, post=True) is not None for _ in range(12)]
+    assert answers == [True] * 10 + [False] * 2
 
 
 @pytest.fixture

@@ -1,7 +1,7 @@
 """The ids of ordinary text from tables that lie in a file: byte-level BPE in Python. Knows words and merges; knows no `tokenizers`.
 
 Reading a tokenizer.json takes longer than the rest of a short run, so tables are made of it once (core/tokenizer/tabulate.py)
-and mapped. They serve texts of a bounded length in an alphabet in which Python's `re` and the pre-tokenisers agree; for any
+and mapped. They serve texts of bounded length in an alphabet in which Python's `re` and the pre-tokenisers agree; for any
 other `PlainEncoder` gives None, and whoever asked goes to `tokenizers`.
 """
 
@@ -11,8 +11,8 @@ from collections.abc import Mapping, Sequence
 from itertools import pairwise
 from typing import Any
 
-LONGEST_CHARS = 1 << 16
-"""Of a text; a longer one is read sooner by `tokenizers`, whose reading then costs little beside it."""
+MOST_CHARS = 1 << 18
+"""Of all texts together. Who encodes more has time to open `tokenizers`, which is twice as fast; and all words are remembered."""
 _LONGEST_WORD = 256
 """Bytes of a word. Merging takes the square of it."""
 _UNMERGED = 1 << 62
@@ -28,7 +28,7 @@ class _NotOrdinaryError(Exception):
 class PlainEncoder:
     """Encodes ordinary text by the tables of `tabulate`; None for any other."""
 
-    def __init__(self, facts: Mapping[str, Any], tables: Mapping[str, memoryview]) -> None:
+    def __init__(self, facts: Mapping[str, Any], tables: Mapping[str, memoryview], *, most_chars: int = MOST_CHARS) -> None:
         self._facts = facts
         self._text, self._ends = tables["tokens"], tables["ends"].cast("I")  # bytes of all ids, and where those of each end
         self._pairs, self._ranks = tables["pairs"].cast("Q"), tables["ranks"].cast("I")  # left << 32 | right, in order
@@ -38,6 +38,7 @@ class PlainEncoder:
         self._specials: dict[str, int] = facts["specials"]
         self._names: list[str] = facts["added"]
         self._known: dict[str, list[int]] = {}
+        self._chars_left = most_chars
 
     def bytes_of(self, token_id: int) -> bytes:
         """What an id stands for; empty for an unknown one."""
@@ -47,7 +48,8 @@ class PlainEncoder:
 
     def encode(self, text: str, *, special: bool, post: bool) -> list[int] | None:
         """As Tokenizer.encode: `special` finds the names of control tokens in the text, `post` adds what the reference adds."""
-        if len(text) > LONGEST_CHARS or not self._is_ordinary(text):
+        self._chars_left -= len(text)
+        if self._chars_left < 0 or not self._is_ordinary(text):
             return None
         names = {name for name in self._names if name in text}
         if names and not (special and self._facts["splits_specials"] and names <= self._specials.keys()):

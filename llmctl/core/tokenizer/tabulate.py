@@ -6,6 +6,7 @@ the two agree: no white space beyond ASCII, no digits beyond ASCII, no marks, an
 
 import json
 import re
+import sys
 import unicodedata
 from typing import Any
 
@@ -59,7 +60,8 @@ def tabulate(tokenizer: Tokenizer) -> tuple[dict[str, Any], Tables]:
         **_frame(tokenizer),
     }
     tables = _tables(tokenizer, model)
-    _prove(PlainEncoder(facts, {name: table.data for name, table in tables.items()}), tokenizer, letters + others)
+    encoder = PlainEncoder(facts, {name: table.data for name, table in tables.items()}, most_chars=sys.maxsize)
+    _prove(encoder, tokenizer, letters + others)
     return facts, tables
 
 
