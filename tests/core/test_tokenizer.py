@@ -1,5 +1,6 @@
 """Tokenizer against transformers, tokenizers and arithmetic: ids, text, bytes, streams, files."""
 
+import hashlib
 import json
 import os
 import pickle
@@ -15,6 +16,7 @@ from hypothesis import strategies as st
 
 from llmctl.core.errors import InputError, NotFoundError
 from llmctl.core.tokenizer import Tokenizer
+from llmctl.core.tokenizer.parts import fingerprint_of
 from tests.core.tokenizer_kinds import KINDS, TEXTS, trained, write_kind
 
 OURS = {
@@ -322,6 +324,28 @@ def test_fingerprints_stay_what_they_were_since_shards_hold_them() -> None:
     backend = tokenizers.Tokenizer(tokenizers.models.BPE(vocab=vocab, merges=[("a", "b")]))
     tokenizer = Tokenizer.from_parts(backend, bos=None, eos="b", pad=None)
     assert tokenizer.fingerprint == "3664c45ccd8273d8bf14ae99e71e0a0f7797d616ddf546cfee0c3e9fd588462c"
+
+
+def test_the_fingerprint_is_that_of_plain_json_with_and_without_orjson(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its text as json.dumps writes it whole: strings of every kind in a vocabulary, and floats of every size."""
+    odd = ["a", "ab", "b", *map(chr, range(0x2100)), "\U0001f98a", "\u2028", '"', "\\", "\uffff", "zé"]
+    vocab = {token: number for number, token in enumerate(dict.fromkeys(odd))}
+    scores = [(token, -(10.0 ** -(number % 30))) for number, token in enumerate(vocab)]
+    for model in (
+        tokenizers.models.BPE(vocab, [("a", "b")]),
+        tokenizers.models.Unigram(scores, unk_id=0),
+        tokenizers.models.WordLevel(vocab, "a"),
+    ):
+        backend = tokenizers.Tokenizer(model)
+        content = json.loads(backend.to_str())
+        content = {key: value for key, value in content.items() if value is not None and key != "version"}
+        content["model"] = {key: value for key, value in content["model"].items() if value is not None}
+        text = json.dumps({**content, "eos": "a"}, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
+        wanted = hashlib.sha256(text.encode()).hexdigest()
+        assert fingerprint_of(backend, bos=None, eos="a") == wanted
+        with monkeypatch.context() as patch:
+            patch.setitem(sys.modules, "orjson", None)
+            assert fingerprint_of(backend, bos=None, eos="a") == wanted
 
 
 def test_the_fingerprint_does_not_depend_on_how_the_json_is_written(tmp_path: Path) -> None:

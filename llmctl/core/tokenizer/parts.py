@@ -5,6 +5,7 @@ import hashlib
 import json
 import re
 from collections.abc import Iterator, Mapping
+from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 from llmctl.core.errors import InputError
@@ -61,17 +62,55 @@ def _without_null(value: Any) -> Any:
 
 def fingerprint_of(backend: "tokenizers.Tokenizer", *, bos: str | None, eos: str | None) -> str:
     """See Tokenizer.fingerprint. Token shards hold it, so what goes into it, and how, can never change."""
-    content = json.loads(backend.to_str())
+    content = parsed(backend.to_str())
     for key in ("truncation", "padding", "version"):
         content.pop(key, None)
     model = content["model"]
-    if "merges" in model:  # written "a b" by older versions of tokenizers
+    if "merges" in model and not {list} >= set(map(type, model["merges"])):  # written "a b" by older versions of tokenizers
         model["merges"] = [m.split(" ") if isinstance(m, str) else list(m) for m in model["merges"]]
     long = {key: model.pop(key) for key in ("vocab", "merges") if key in model}  # and without nulls
     content = _without_null({**content, "bos": bos, "eos": eos})
-    content["model"].update(long)
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), ensure_ascii=False)
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).hexdigest()
+    parts = {key: _canonical(value) for key, value in {**content["model"], **long}.items()}
+    texts = {**{key: _canonical(value) for key, value in content.items()}, "model": _joined(parts)}
+    return hashlib.sha256(_joined(texts)).hexdigest()
+
+
+def parsed(text: str) -> Any:
+    """JSON that `tokenizers` wrote. orjson is quicker by half, which for a vocabulary of 50,000 is 30 ms."""
+    try:
+        import orjson
+    except ImportError:
+        return json.loads(text)
+    return orjson.loads(text)
+
+
+def json_text(value: Any) -> str:
+    """`value` as JSON for `tokenizers` or gigatoken to read."""
+    try:
+        import orjson
+    except ImportError:
+        return json.dumps(value, ensure_ascii=False)
+    return orjson.dumps(value).decode()
+
+
+def _canonical(value: Any) -> bytes:
+    """`value` as JSON with sorted keys and nothing escaped that need not be.
+
+    orjson writes strings and integers as json does, in a tenth of the time, but not every float (1e-07).
+    """
+    is_vocab = isinstance(value, dict) and set(map(type, value.values())) == {int}
+    is_merges = isinstance(value, list) and set(map(type, value)) == {list} and set(map(type, chain.from_iterable(value))) == {str}
+    if is_vocab or is_merges:
+        with contextlib.suppress(ImportError, TypeError):  # TypeError: a lone surrogate
+            import orjson
+
+            return orjson.dumps(value, option=orjson.OPT_SORT_KEYS)
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False).encode("utf-8", "surrogatepass")
+
+
+def _joined(parts: Mapping[str, bytes]) -> bytes:
+    """A JSON object of values that are JSON already, its keys sorted."""
+    return b"{" + b",".join(_canonical(key) + b":" + parts[key] for key in sorted(parts)) + b"}"
 
 
 def unknown_id(backend: "tokenizers.Tokenizer") -> int | None:

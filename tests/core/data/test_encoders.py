@@ -212,6 +212,27 @@ def test_json_is_read_as_the_strict_parser_reads_it(pairs: list[tuple[str, Any]]
         assert {k: v for k, v in quick.items() if isinstance(v, str)} == {k: v for k, v in strict.items() if isinstance(v, str)}
 
 
+def test_a_text_that_holds_the_separator_is_a_text(tokenizer: Tokenizer) -> None:
+    fast = fast_or_skip(tokenizer)
+    texts = ["the king", f"a{fast_module._SEPARATOR}b", "", "golden"]
+    halves = [fast_module._SEPARATOR[:-1], fast_module._SEPARATOR[1:], fast_module._SEPARATOR[-1:], fast_module._SEPARATOR[:1], "a"]
+    for part in (texts, texts[1:2], texts[:1], texts[2:3], halves, halves[::-1], [*halves[1:], *halves]):
+        ids, lengths = fast.encode([text.encode() for text in part])
+        assert [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])] == tokenizer.encode_batch(part, add_bos=False)
+
+
+def test_where_only_the_first_word_gets_a_blank_each_text_is_a_first_one() -> None:
+    vocab = {token: number for number, token in enumerate(["<unk>", "</s>", *(f"<0x{byte:02X}>" for byte in range(256)), *"\u2581abc"])}
+    model = tokenizers.models.BPE({**vocab, "\u2581a": len(vocab)}, [("\u2581", "a")], byte_fallback=True, unk_token="<unk>", fuse_unk=True)
+    backend = tokenizers.Tokenizer(model)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.Metaspace(prepend_scheme="first", split=False)
+    sentencepiece = Tokenizer.from_parts(backend, bos=None, eos="</s>", pad=None)
+    fast = fast_or_skip(sentencepiece)
+    texts = ["a b", "c", "", "ab"]
+    ids, lengths = fast.encode([text.encode() for text in texts])
+    assert [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])] == sentencepiece.encode_batch(texts, add_bos=False)
+
+
 def test_text_is_read_the_same_without_orjson(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     corpus = write_jsonl(tmp_path / "docs.jsonl", some_documents(60, seed=4))
 
