@@ -6,6 +6,7 @@ would take longer than its encoding.
 """
 
 import hashlib
+import itertools
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, field
@@ -145,10 +146,10 @@ class PieceEncoder:
                     place = after
                 else:
                     segments.append(Segment(part.is_val, num_documents, num_bytes, None, np.empty(0, dtype=np.uint32), keys, sizes))
-            digest = hashlib.blake2b(piece.data, digest_size=DIGEST_BYTES)
+            digest = hashlib.sha256(piece.data)  # twice as fast as BLAKE2b where the processor has instructions for it
             digest.update(repr((piece.starts_document, piece.ends_document, [(e.line, e.reason) for e in errors])).encode())
-            has_text = any(text.decode().strip() for part in parts for text in part.texts)
-            results.append(EncodedPiece(tuple(segments), tuple(errors), digest.digest(), num_special, has_text, cleaned))
+            has_text = any(map(_has_text, itertools.chain.from_iterable(part.texts for part in parts)))
+            results.append(EncodedPiece(tuple(segments), tuple(errors), digest.digest()[:DIGEST_BYTES], num_special, has_text, cleaned))
         return results
 
     def _marks(self, texts: list[bytes]) -> tuple[Keys | None, npt.NDArray[np.uint32] | None]:
@@ -193,17 +194,24 @@ class PieceEncoder:
             return [_Part(piece.is_val, texts)] if texts else []
         train: list[bytes] = []
         val: list[bytes] = []
-        for text in texts:
-            if rules.split.kind == "tail":
+        if rules.split.kind == "tail":
+            for text in texts:
                 cut = rules.split.head_bytes(text)
                 head, tail = text[:cut], text[cut:]
                 if head or not tail:
                     train.append(head)
                 if tail:
                     val.append(tail)
-            else:
-                (val if rules.split.holds_out(text) else train).append(text)
+        else:
+            is_held_out = rules.split.hold_out(texts)
+            val = list(itertools.compress(texts, is_held_out))
+            train = [text for text, is_out in zip(texts, is_held_out, strict=True) if not is_out] if val else texts
         return [_Part(is_val, found) for is_val, found in ((False, train), (True, val)) if found]
+
+
+def _has_text(text: bytes) -> bool:
+    """Whether UTF-8 text is more than white space; mostly its beginning tells."""
+    return bool(text[:64].decode(errors="ignore").strip() or text.decode().strip())
 
 
 def framing_ids(tokenizer: "Tokenizer", *, add_bos: bool | None, where: Path | None = None) -> tuple[int, int | None]:

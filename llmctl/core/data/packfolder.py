@@ -42,8 +42,8 @@ if TYPE_CHECKING:
 
 ERRORS_NAME = "errors.jsonl"
 _LOCK_NAME = ".lock"
-_STATE_KIND = "llmctl-pack-state-2"
-"""2: a piece is a block of documents where it was one document."""
+_STATE_KIND = "llmctl-pack-state-3"
+"""2: a piece is a block of documents where it was one document. 3: another hash of the input's text."""
 _SHARD_NAME = re.compile(rf"(train|val)-\d{{5,}}{re.escape(SHARD_SUFFIX)}")
 _TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja", "special_tokens_map.json")
 

@@ -1,8 +1,10 @@
 """Pieces to the text of documents: UTF-8 checked, JSON parsed. Knows no tokenizer, no split and no shards."""
 
 import re
+import secrets
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import chain
 from typing import Any
 
 from llmctl.core.data.documents import Piece, lines_of, too_long
@@ -10,6 +12,8 @@ from llmctl.core.errors import InputError
 from llmctl.core.files import parse_json
 
 _KEY = re.compile(rb'"[ \t\r\n]*:')
+_BETWEEN = secrets.randbits(62)
+"""Stands between the records of a block that is parsed at once; no input can hold it but by chance."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +50,8 @@ def read_piece(piece: Piece, *, field: str, max_line_bytes: int, skip_errors: bo
     lines = piece.data.split(b"\n")
     if piece.form == "lines" and len(max(lines, key=len)) <= max_line_bytes and b"\r" not in piece.data and is_utf8(piece.data):
         return [line for line in lines if line and not line.isspace()], []
+    if piece.form == "jsonl" and (texts := _texts_at_once(lines, field, max_line_bytes)) is not None:
+        return texts, []
     documents, found = [], []
     for line in lines_of(piece):
         try:
@@ -122,6 +128,37 @@ def text_of_record(line: bytes, field: str) -> bytes:
         return text.encode()
     except UnicodeEncodeError as error:
         raise InputError(f"the field {field!r} holds a lone surrogate at character {error.start}, which is no text") from error
+
+
+def _texts_at_once(lines: list[bytes], field: str, max_line_bytes: int) -> list[bytes] | None:
+    """The texts of a block of records, parsed as one array; None where something is amiss, which line by line will tell.
+
+    A number that no input knows stands between the records: were a bracket open at the end of a line, it would not be found
+    at every second place. So what is accepted here is a record on each line. About equal keys see _parsed.
+    """
+    records_in = [line for line in lines if line and not line.isspace()]
+    if _quick_json is None or not records_in or len(max(lines, key=len)) > max_line_bytes:
+        return None
+    try:
+        found = _quick_json(b"[" + (b",%d," % _BETWEEN).join(records_in) + b"]")
+    except ValueError:
+        return None
+    records, between = found[::2], found[1::2]
+    if len(records) != len(records_in) or between != [_BETWEEN] * (len(records) - 1) or set(map(type, records)) != {dict}:
+        return None
+    try:
+        texts = [record[field] for record in records]
+        if set(map(type, texts)) != {str}:
+            return None
+        is_flat = {dict, list}.isdisjoint(map(type, chain.from_iterable(map(dict.values, records))))
+        num_keys = list(map(len if is_flat else _num_keys, records))
+        if len(_KEY.findall(b"\n".join(records_in))) != sum(num_keys):  # code has quotes and colons too
+            for number, (line, wanted) in enumerate(zip(records_in, num_keys, strict=True)):
+                if len(_KEY.findall(line)) != wanted:
+                    texts[number] = parse_json(line, where="record")[field]
+        return list(map(str.encode, texts))
+    except (KeyError, UnicodeEncodeError, InputError):
+        return None
 
 
 def _parsed(line: bytes) -> Any:

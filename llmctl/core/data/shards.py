@@ -192,7 +192,7 @@ class ShardWriter:
                 f"the tokenizer gave the id {low if low < 0 else high}, outside its vocabulary of {self._vocab_size:,}; it is damaged"
             )
         with self._telling_path():
-            self._file.write(ids.astype(self._dtype).tobytes())
+            self._file.write(np.ascontiguousarray(ids, dtype=self._dtype).data)
         self.num_tokens += len(ids)
 
     def end_documents(self, ends: npt.NDArray[Any]) -> None:

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 
 from llmctl.core.config.pack import PackConfig
 from llmctl.core.data import encoders, records
+from llmctl.core.data.documents import Piece
 from llmctl.core.data.encoders import CheckedEncoder, NameFinder, ReferenceEncoder, UnequalError, open_encoder
 from llmctl.core.data.pack import pack
 from llmctl.core.data.packevents import Packed, PackWarned
@@ -210,6 +211,41 @@ def test_json_is_read_as_the_strict_parser_reads_it(pairs: list[tuple[str, Any]]
     else:
         assert set(quick) == set(strict)
         assert {k: v for k, v in quick.items() if isinstance(v, str)} == {k: v for k, v in strict.items() if isinstance(v, str)}
+
+
+LINES = [
+    '{"text": "a"}',
+    '{"text": "b", "text": "c"}',
+    '{"text": "{\\"x\\": 1}"}',
+    '{"other": [{"text": 1}], "text": "d \u00e9"}',
+    '{"text": "e", "deep": {"k": 1, "k": 2}}',
+    '{"text": null}',
+    '{"text": "\\ud800"}',
+    '{"text": ": f"}\r',
+    '{"text": [{}',
+    '{}], "text": "g"}',
+    '{"text": "h"}, {"text": "i"}',
+    "7, 8",
+    "",
+    "   ",
+]
+
+
+@settings(deadline=None, max_examples=400, derandomize=True)
+@given(lines=st.lists(st.sampled_from(LINES), max_size=6), skip=st.booleans())
+def test_a_block_of_records_is_read_as_line_by_line(lines: list[str], skip: bool) -> None:
+    """Among them lines that would make other records of each other, were they only joined by commas."""
+    pytest.importorskip("orjson")
+    piece = Piece(0, 1, 0, "\n".join(lines).encode(), "jsonl")
+
+    def read() -> Any:
+        return records.read_piece(piece, field="text", max_line_bytes=1000, skip_errors=skip)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(records, "_texts_at_once", lambda *_: None)
+        patch.setattr(records, "_quick_json", None)
+        wanted = read()
+    assert read() == wanted
 
 
 def test_a_text_that_holds_the_separator_is_a_text(tokenizer: Tokenizer) -> None:
