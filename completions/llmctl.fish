@@ -135,7 +135,7 @@ complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l val-by -x -a 'hash tail
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l val-data -r -F -d 'Input that is validation as a whole; then nothing else is held out'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l split-seed -x -d 'Key of the hash that holds documents out'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l shard-tokens -x -d 'Ids in a full shard'
-complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l workers -x -d 'Processes that encode; the result is the same for any number'
+complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l workers -x -d 'Threads or processes that encode; the result is the same for any number'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l encoder -x -a 'auto tokenizers' -d 'auto: gigatoken where its ids are proven equal to those of tokenizers on a sample as it goes, else tokenizers'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l normalize -x -a 'nfc ftfy' -d 'Repair text: Unicode\'s composed form (NFC), or what ftfy mends (an extra)'
 complete -c llmctl -n '__llmctl_at \'tokenize pack\'' -l min-chars -x -d 'Leave out documents with fewer characters'

@@ -1,5 +1,6 @@
 """`llmctl tokenize pack` and `verify`: draw the events of core.data.pack and core.data.verify."""
 
+import contextlib
 import dataclasses
 import json
 import sys
@@ -63,7 +64,7 @@ def pack(config: PackConfig, shell: Shell) -> None:
 
     stdin = None if sys.stdin is None else sys.stdin.buffer
     done: core.Packed | None = None
-    with stop_flag() as stop, shell.progress(*_columns()) as progress:
+    with stop_flag() as stop, _bar(shell) as progress:
         task = progress.add_task("packing", total=None)
         for event in events_of(config, tokenizer=open_tokenizer(str(config.tokenizer)), stdin=stdin, stop=stop):
             if isinstance(event, core.PackPlanned):
@@ -86,12 +87,24 @@ def pack(config: PackConfig, shell: Shell) -> None:
         raise PartialFailure(f"{records} left out; {done.errors_file} lists them")
 
 
-def _columns() -> tuple[Any, ...]:
-    """What a bar of bytes shows: how far, how fast, how long still."""
+class _Unseen:
+    """A bar where there is no terminal to draw it: rich alone takes a tenth of a short packing to import."""
+
+    def add_task(self, *_: Any, **__: Any) -> int:
+        return 0
+
+    def update(self, *_: Any, **__: Any) -> None:
+        pass
+
+
+def _bar(shell: Shell) -> Any:
+    """A bar of bytes: how far, how fast, how long still."""
+    if not shell.live:
+        return contextlib.nullcontext(_Unseen())
     from rich.progress import BarColumn, DownloadColumn, TaskProgressColumn, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
     description = TextColumn("{task.description}")
-    return description, BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn()
+    return shell.progress(description, BarColumn(), TaskProgressColumn(), DownloadColumn(), TransferSpeedColumn(), TimeRemainingColumn())
 
 
 def _evaluation_sets(config: PackConfig) -> Iterator[Path]:
@@ -165,7 +178,7 @@ def merge(config: MergeConfig, shell: Shell) -> None:
     from llmctl.core.data import merge as core
 
     done: core.Merged | None = None
-    with stop_flag() as stop, shell.progress(*_columns()) as progress:
+    with stop_flag() as stop, _bar(shell) as progress:
         task = progress.add_task("joining", total=None)
         for event in core.merge(config.directories, Path(str(config.out_dir)), stop=stop):
             if isinstance(event, core.MergeProgress):
@@ -186,7 +199,7 @@ def verify(config: VerifyConfig, shell: Shell) -> None:
 
     damage: list[str] = []
     done: core.Verified | None = None
-    with stop_flag() as stop, shell.progress(*_columns()) as progress:
+    with stop_flag() as stop, _bar(shell) as progress:
         task = progress.add_task("verifying", total=None)
         for event in core.verify(Path(str(config.directory)), stop=stop):
             if isinstance(event, core.VerifyProgress):

@@ -54,7 +54,7 @@ class PackConfig:
     shard_tokens: int = option(1 << 25, "Ids in a full shard.", minimum=16, maximum=1 << 40, panel=_OUTPUT, metavar="N")
     workers: int | None = option(
         None,
-        "Processes that encode; the result is the same for any number. [default: by cores and input]",
+        "Threads or processes that encode; the result is the same for any number. [default: by cores and input]",
         minimum=1,
         maximum=1024,
         metavar="N",

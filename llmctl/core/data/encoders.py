@@ -1,6 +1,7 @@
 """Which implementation encodes a corpus: gigatoken where it is proven equal, else `tokenizers`. Knows texts and ids; knows no files."""
 
 import re
+import threading
 from collections.abc import Sequence
 from typing import TYPE_CHECKING, Protocol
 
@@ -93,7 +94,8 @@ class ReferenceEncoder:
 
 
 class CheckedEncoder:
-    """gigatoken, compared with `tokenizers` on a sample of what it encodes. Raises UnequalError where they differ."""
+    """gigatoken, compared with `tokenizers` on a sample of what it encodes; in any number of threads. Raises UnequalError
+    where they differ."""
 
     name = FAST
 
@@ -104,6 +106,7 @@ class CheckedEncoder:
         self._reference = reference
         self._credit_bytes = _FIRST_SAMPLE_BYTES
         self._num_calls = 0
+        self._lock = threading.Lock()
 
     def encode(self, texts: Sequence[bytes], *, named: Sequence[int]) -> tuple[TokenIds, Lengths]:
         """See TextEncoder."""
@@ -120,6 +123,19 @@ class CheckedEncoder:
 
     def _check(self, texts: Sequence[bytes], ids: TokenIds, lengths: Lengths, named: frozenset[int]) -> None:
         """Compare some of `texts`: all along the corpus, more of its beginning."""
+        with self._lock:
+            sample = self._sample(texts, ids, lengths, named)
+        if not sample:
+            return
+        wanted, counts = self._reference.encode([text for text, _ in sample])
+        for (text, row), want in zip(sample, np.split(wanted, np.cumsum(counts)[:-1]), strict=True):
+            if not np.array_equal(row, want):
+                raise UnequalError(f"gigatoken's ids differ from those of tokenizers on {text[:60].decode(errors='ignore')!r}")
+        with self._lock:
+            self.num_checked_bytes += sum(len(text) for text, _ in sample)
+
+    def _sample(self, texts: Sequence[bytes], ids: TokenIds, lengths: Lengths, named: frozenset[int]) -> list[tuple[bytes, TokenIds]]:
+        """Texts to compare, as far as the credit goes, and gigatoken's ids of them."""
         self._credit_bytes += sum(map(len, texts)) // _SAMPLE_PART
         self._num_calls += 1
         stops = np.cumsum(lengths)
@@ -136,11 +152,7 @@ class CheckedEncoder:
             if not (index in named and self._reference.treats_names):
                 self._credit_bytes -= len(text)
                 sample.append((text, row))
-        wanted, counts = self._reference.encode([text for text, _ in sample])
-        for (text, row), want in zip(sample, np.split(wanted, np.cumsum(counts)[:-1]), strict=False):
-            if not np.array_equal(row, want):
-                raise UnequalError(f"gigatoken's ids differ from those of tokenizers on {text[:60].decode(errors='ignore')!r}")
-            self.num_checked_bytes += len(text)
+        return sample
 
 
 def _excerpt(text: bytes, place: int) -> bytes:

@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any, cast
 
 from llmctl.core.config.pack import PackConfig
+from llmctl.core.data.batches import Encoders
 from llmctl.core.data.cuts import may_cut
 from llmctl.core.data.documents import SplitRule
 from llmctl.core.data.encode import EncodeRules, framing_ids
@@ -22,7 +23,7 @@ from llmctl.core.data.quality import Cleaner, QualityRules, read_patterns
 from llmctl.core.data.sharding import part_of
 from llmctl.core.data.shards import id_dtype
 from llmctl.core.data.sources import STDIN, Format, Source, find_sources
-from llmctl.core.data.worker import Encoders, open_encoders
+from llmctl.core.data.worker import open_encoders
 from llmctl.core.errors import InputError, LlmctlError, NotFoundError, UsageError, WriteError
 from llmctl.core.files import check_out_dir
 

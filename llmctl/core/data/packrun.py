@@ -19,6 +19,7 @@ import numpy as np
 from llmctl import __version__
 from llmctl.core.config.pack import PackConfig
 from llmctl.core.data import documents
+from llmctl.core.data.batches import Encoders, PieceBatch
 from llmctl.core.data.documents import Piece, ReadRules, SplitRule, read_pieces
 from llmctl.core.data.duplicates import Duplicates
 from llmctl.core.data.encode import EncodedPiece, EncoderNote, Segment
@@ -28,7 +29,6 @@ from llmctl.core.data.records import RecordError
 from llmctl.core.data.sharding import lines_before
 from llmctl.core.data.shards import ShardWriter, id_dtype
 from llmctl.core.data.sources import Source
-from llmctl.core.data.worker import Encoders, PieceBatch
 from llmctl.core.errors import InputError, Interrupted, LlmctlError
 
 if TYPE_CHECKING:

@@ -7,7 +7,6 @@ side, so nobody waits for it. A frame is the lengths of a JSON header and of the
 
 import contextlib
 import dataclasses
-import itertools
 import json
 import os
 import queue
@@ -15,16 +14,15 @@ import signal
 import struct
 import subprocess
 import sys
-from collections import deque
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any, Protocol
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 
+from llmctl.core.data.batches import EncodedBatch, Encoders, InlineEncoders, PieceBatch, in_order, open_threads
 from llmctl.core.data.documents import Piece, SplitRule
 from llmctl.core.data.encode import EncodedPiece, EncoderNote, EncodeRules, PieceEncoder, Segment
 from llmctl.core.data.encoders import UnequalError
@@ -44,57 +42,11 @@ _EXIT_WAIT_S = 5.0
 _ENVIRONMENT = {"TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 
 
-@dataclass(frozen=True)
-class PieceBatch:
-    """Pieces that one worker encodes at once; `first_piece` is the number of the first in the corpus."""
-
-    first_piece: int
-    pieces: tuple[Piece, ...]
-    wants_train: bool
-    wants_val: bool
-    num_bytes_taken: int
-    """Bytes of the input's files read when the batch was full."""
-
-
-@dataclass(frozen=True)
-class EncodedBatch:
-    """What became of a batch, a result for each of its pieces."""
-
-    batch: PieceBatch
-    results: list[EncodedPiece]
-    note: EncoderNote
-    worker: int = 0
-
-
-class Encoders(Protocol):
-    """What turns batches into results, in the batches' order."""
-
-    def run(self, batches: Iterator[PieceBatch]) -> Iterator[EncodedBatch]: ...
-
-    def close(self) -> None: ...
-
-
-class InlineEncoders:
-    """No worker: encodes in this process."""
-
-    def __init__(self, rules: EncodeRules, tokenizer: "Tokenizer") -> None:
-        self._rules = rules
-        self._tokenizer = tokenizer
-
-    def run(self, batches: Iterator[PieceBatch]) -> Iterator[EncodedBatch]:
-        """See Encoders."""
-        encoder = PieceEncoder(self._rules, self._tokenizer)
-        for batch in batches:
-            results = encoder.encode(batch.pieces, wants_train=batch.wants_train, wants_val=batch.wants_val)
-            yield EncodedBatch(batch, results, encoder.note)
-
-    def close(self) -> None:
-        """Nothing to close."""
-
-
 def open_encoders(rules: EncodeRules, tokenizer: "Tokenizer", num_workers: int) -> Encoders:
-    """This process for one worker, else so many of their own, which begin to get ready at once."""
-    return InlineEncoders(rules, tokenizer) if num_workers == 1 else WorkerPool(rules, tokenizer, num_workers)
+    """This process for one worker, threads of it where they do, else so many processes, which begin to get ready at once."""
+    if num_workers == 1:
+        return InlineEncoders(rules, tokenizer)
+    return open_threads(rules, tokenizer, num_workers) or WorkerPool(rules, tokenizer, num_workers)
 
 
 class WorkerPool:
@@ -121,12 +73,7 @@ class WorkerPool:
 
     def run(self, batches: Iterator[PieceBatch]) -> Iterator[EncodedBatch]:
         """See Encoders. Raises LlmctlError when a worker dies or fails, UnequalError as PieceEncoder does."""
-        waiting: deque[Future[EncodedBatch]] = deque()
-        for batch in itertools.chain(batches, [None]):
-            if batch is not None:
-                waiting.append(self._executor.submit(self._encode, batch))
-            while waiting and (batch is None or len(waiting) >= 2 * self._num_workers or waiting[0].done()):
-                yield waiting.popleft().result()
+        return in_order(batches, lambda batch: self._executor.submit(self._encode, batch), most=2 * self._num_workers)
 
     def _order(self, worker: "_Worker", order: tuple[Any, bytes]) -> None:
         """In a thread: it is more than a pipe holds, and the worker reads it only when all is imported."""

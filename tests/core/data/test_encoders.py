@@ -3,6 +3,7 @@
 import hashlib
 import json
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -267,6 +268,18 @@ def test_where_only_the_first_word_gets_a_blank_each_text_is_a_first_one() -> No
     texts = ["a b", "c", "", "ab"]
     ids, lengths = fast.encode([text.encode() for text in texts])
     assert [row.tolist() for row in np.split(ids, np.cumsum(lengths)[:-1])] == sentencepiece.encode_batch(texts, add_bos=False)
+
+
+def test_threads_share_an_encoder_and_its_proof(tokenizer: Tokenizer) -> None:
+    encoder = CheckedEncoder(fast_or_skip(tokenizer), ReferenceEncoder(tokenizer, allow_special=False))
+    texts = [text.encode() for text in some_documents(200, seed=3)]
+    wanted = ReferenceEncoder(tokenizer, allow_special=False).encode(texts)
+    with ThreadPoolExecutor(4) as executor:
+        for ids, lengths in executor.map(lambda _: encoder.encode(texts, named=()), range(40)):
+            assert np.array_equal(ids, wanted[0])
+            assert np.array_equal(lengths, wanted[1])
+    num_bytes = 40 * sum(map(len, texts))
+    assert num_bytes / 2048 < encoder.num_checked_bytes < 65_536 + num_bytes / 800
 
 
 def test_text_is_read_the_same_without_orjson(tmp_path: Path, tokenizer_dir: Path, monkeypatch: pytest.MonkeyPatch) -> None:

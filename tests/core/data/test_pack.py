@@ -17,7 +17,7 @@ import pytest
 from tokenizers import pre_tokenizers
 
 from llmctl.core.config.pack import PackConfig
-from llmctl.core.data import documents, encode, encoders, packfolder, worker
+from llmctl.core.data import batches, documents, encode, encoders, packfolder, worker
 from llmctl.core.data.pack import pack
 from llmctl.core.data.packevents import Packed, PackEvent, PackPlanned, PackWarned
 from llmctl.core.data.shards import TokenDataset, TokenShard
@@ -154,9 +154,12 @@ def test_any_number_of_workers_and_any_way_in_give_the_same_bytes(tmp_path: Path
     for workers in (1, 2, 3):
         run(corpus, tmp_path / f"w{workers}", tokenizer_dir, workers=workers, val_fraction=0.2, shard_tokens=1000)
     with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(batches, "MOST_THREADS", 1)
+        run(corpus, tmp_path / "processes", tokenizer_dir, workers=2, val_fraction=0.2, shard_tokens=1000)
         patch.setattr(documents, "PIECE_BYTES", 1 << 20)
         run(corpus, tmp_path / "plain", tokenizer_dir, val_fraction=0.2, shard_tokens=1000)
-    assert hashes(tmp_path / "w1") == hashes(tmp_path / "w2") == hashes(tmp_path / "w3") == hashes(tmp_path / "plain")
+    names = ("w1", "w2", "w3", "processes", "plain")
+    assert len({json.dumps(hashes(tmp_path / name)) for name in names}) == 1
     data = corpus.read_bytes()
     (tmp_path / "docs.jsonl.gz").write_bytes(gzip.compress(data))
     run(tmp_path / "docs.jsonl.gz", tmp_path / "gz", tokenizer_dir, val_fraction=0.2, shard_tokens=1000)
@@ -557,7 +560,8 @@ def test_a_dead_worker_is_noticed(tmp_path: Path, corpus: Path, tokenizer_dir: P
         original(self, *args)
         pools.append(self)
 
-    config = PackConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_dir), out_dir=tmp_path / "out", workers=2, **SMALL_SHARDS)
+    settings: dict[str, Any] = {"workers": 2, "encoder": "tokenizers", **SMALL_SHARDS}  # gigatoken takes threads
+    config = PackConfig(inputs=(str(corpus),), tokenizer=str(tokenizer_dir), out_dir=tmp_path / "out", **settings)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(worker.WorkerPool, "__init__", noting)
         events = pack(config)
@@ -616,7 +620,7 @@ def test_a_worker_says_why_it_failed(tokenizer: Tokenizer) -> None:
     too_long_a_key = documents.SplitRule(kind="hash", fraction=0.5, seed=10**80)
     pool = worker.WorkerPool(dataclasses.replace(RULES, split=too_long_a_key), tokenizer, 1)
     try:
-        batch = worker.PieceBatch(0, (documents.Piece(0, 1, 0, b"x", form="lines"),), True, True, 0)
+        batch = batches.PieceBatch(0, (documents.Piece(0, 1, 0, b"x", form="lines"),), True, True, 0)
         with pytest.raises(LlmctlError, match=r"a worker failed: ValueError.*key"):
             list(pool.run(iter([batch])))
     finally:
