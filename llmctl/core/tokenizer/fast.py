@@ -48,7 +48,6 @@ class FastEncoder:
         flags = {"single_word": False, "lstrip": False, "rstrip": False, "normalized": False, "special": True}
         separator = {"id": separator_id, "content": _SEPARATOR, **flags}
         self._content = json_text({**content, "added_tokens": [*content["added_tokens"], separator]})
-        self._content_alone = json_text(content)
         self._separator_id = separator_id
         self.takes_joined = True
         """Whether texts that follow a separator are encoded as if they were alone: not where only the very first word gets a blank."""
@@ -72,7 +71,8 @@ class FastEncoder:
         is_separator = ids == self._separator_id
         places = np.flatnonzero(is_separator)
         if len(places) != len(texts) - 1:  # the separator stands in a text
-            backend = _load(self._content_alone)
+            content = parsed(self._content)
+            backend = _load(json_text({**content, "added_tokens": content["added_tokens"][:-1]}))
             rows = [self._row(backend, text) for text in texts]
             return np.concatenate(rows), np.fromiter(map(len, rows), dtype=np.int64, count=len(rows))
         lengths = np.diff(places, prepend=-1, append=len(ids)) - 1
