@@ -17,7 +17,7 @@ from typing import Any
 
 import typer
 
-from llmctl.cli.main import app
+from llmctl.cli.app import app
 from llmctl.cli.options import REGISTERED
 from llmctl.core.config.fields import flag_of, info_of, options_of, types_of
 

@@ -9,8 +9,8 @@ from types import ModuleType
 
 import pytest
 
+from llmctl.cli.app import app
 from llmctl.cli.completions import command_tree
-from llmctl.cli.main import app
 from llmctl.core import errors
 
 ROOT = Path(__file__).parent.parent

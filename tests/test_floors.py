@@ -15,7 +15,7 @@ from pathlib import Path
 import pytest
 
 import llmctl
-from llmctl.cli.main import COMMANDS
+from llmctl.cli.command import COMMANDS
 
 PACKAGE = Path(llmctl.__file__).parent
 
@@ -126,8 +126,8 @@ def room_of(module: str) -> tuple[str, ...]:
 
 
 def loaded_at_start() -> set[str]:
-    """The modules that `llmctl.cli.main` and the commands' modules load, followed through the imports at module top."""
-    found, todo = set(), ["llmctl.cli.main", *(f"llmctl.cli.{name}" for name in COMMANDS)]
+    """The modules that `llmctl.cli.main`, `.app` and the commands' modules load, followed through the imports at module top."""
+    found, todo = set(), ["llmctl.cli.main", "llmctl.cli.app", *(f"llmctl.cli.{name}" for name in COMMANDS)]
     while todo:
         module = todo.pop()
         if module in found or module not in MODULES:

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from llmctl.cli.main import COMMANDS
+from llmctl.cli.command import COMMANDS
 from tests.test_floors import HEAVY
 
 ROOT = Path(__file__).parent.parent

@@ -60,7 +60,7 @@ class Node:
 
 def command_tree() -> Node:
     """The commands as they are registered now."""
-    from llmctl.cli.main import app
+    from llmctl.cli.app import app
 
     return _node(typer.main.get_command(app), "")
 

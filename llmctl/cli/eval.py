@@ -10,10 +10,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-import typer
-
+from llmctl.cli.command import Command
 from llmctl.cli.launch import start_ranks
-from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
 from llmctl.core.config.evaluate import EvaluateConfig
@@ -37,11 +35,6 @@ table on a terminal, else tab-separated lines (name, metric, value, standard err
 where an ended one stopped."""
 
 _STDOUT = Path("-")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    add_command(app, name="eval", command="eval", config=EvaluateConfig, run=run, help=_HELP)
 
 
 def run(config: EvaluateConfig, shell: Shell) -> None:
@@ -76,6 +69,9 @@ def run(config: EvaluateConfig, shell: Shell) -> None:
     failures = check_gates(config, results)
     if failures:
         raise QualityGateError(f"--fail-under: {'; '.join(failures)}")
+
+
+COMMAND = Command("eval", EvaluateConfig, run, _HELP)
 
 
 def _help(config: EvaluateConfig) -> None:

@@ -3,9 +3,7 @@
 import json
 from dataclasses import asdict
 
-import typer
-
-from llmctl.cli.options import add_command
+from llmctl.cli.command import Command
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import raising
 from llmctl.cli.streams import out
@@ -16,11 +14,6 @@ _HELP = """Write a model in another format, and read it back to see that it is t
 MODEL is whatever --model takes elsewhere. The result appears under its name only when it is whole and was verified."""
 _EPILOG = """Examples:  llmctl export storyteller -o story.gguf --format gguf --dtype f16  ·
 llmctl export model.gguf -o folder --dtype bf16  ·  llmctl export folder -o small --format quant --quant int4"""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    add_command(app, name="export", command="export", config=ExportConfig, run=run, help=_HELP, epilog=_EPILOG)
 
 
 def run(config: ExportConfig, shell: Shell) -> None:
@@ -41,6 +34,9 @@ def run(config: ExportConfig, shell: Shell) -> None:
             elif isinstance(event, Written):
                 files = f"{event.num_files} files, " if event.num_files > 1 else ""
                 out.line(f"wrote     {event.path} ({event.format}, {event.num_format}; {files}{event.num_bytes:,} bytes)")
+
+
+COMMAND = Command("export", ExportConfig, run, _HELP, _EPILOG)
 
 
 def _verified(event: "object", *, is_vectors: bool) -> str:

@@ -1,9 +1,7 @@
 """`llmctl finetune`: draws the events of core.train."""
 
-import typer
-
+from llmctl.cli.command import Command
 from llmctl.cli.launch import start_ranks
-from llmctl.cli.options import add_command
 from llmctl.cli.pretrain import check_out_dir_of, with_stored
 from llmctl.cli.shell import Shell
 from llmctl.core.config.finetune import FinetuneConfig
@@ -14,11 +12,6 @@ Rows are JSONL (or a JSON array, also .gz or .zst) of one form a file: messages,
 instruction/instances, or prompt/completion. The loss is on the answers and the token that ends them. Rows are packed into
 sequences of --seq-len, and attention stays within each row. A run folder comes out, as from pretrain: its checkpoints are
 Hugging Face model directories with tokenizer and chat template, and a run stopped in any way goes on with --resume, bit for bit."""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    add_command(app, name="finetune", command="finetune", config=FinetuneConfig, run=run, help=_HELP)
 
 
 def run(config: FinetuneConfig, shell: Shell) -> None:
@@ -34,3 +27,6 @@ def run(config: FinetuneConfig, shell: Shell) -> None:
         from llmctl.core.train.finetune import train
 
         draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, config)
+
+
+COMMAND = Command("finetune", FinetuneConfig, run, _HELP)

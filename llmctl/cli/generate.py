@@ -4,12 +4,10 @@ import secrets
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import typer
-
+from llmctl.cli.command import Command
 from llmctl.cli.generate_constraint import read_constraint
 from llmctl.cli.generate_stats import Stats
 from llmctl.cli.generate_view import TextView
-from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell, collector_off
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import decode_utf8, out, read_stdin, stdin_has_input, stdin_is_terminal
@@ -36,11 +34,6 @@ Examples:
   cat article.txt | llmctl generate "In three lines:"
   llmctl generate --interactive --transcript talk.jsonl
   llmctl generate -i prompts.jsonl -o answers.jsonl     (again: goes on)"""
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    add_command(app, name="generate", command="generate", config=GenerateConfig, run=run, help=_HELP, epilog=_EPILOG)
 
 
 def run(config: GenerateConfig, shell: Shell) -> None:
@@ -83,6 +76,9 @@ def run(config: GenerateConfig, shell: Shell) -> None:
         _search(config, shell, generator, text, stats)
     else:
         _sample(config, shell, generator, text, stats)
+
+
+COMMAND = Command("generate", GenerateConfig, run, _HELP, _EPILOG)
 
 
 def _verify_cache(config: GenerateConfig, shell: Shell) -> None:

@@ -1,101 +1,20 @@
-"""The program: the commands, and the boundary where every error becomes one line and an exit code.
+"""The program: the boundary where every error becomes one line and an exit code.
 
-Importing this must stay cheap: typer, stdlib and floor 0 only. A command's module is imported when the command is asked for, and
-imports torch, transformers and rich inside the functions that need them.
+Importing this must stay cheap: stdlib and floor 0 only. A command's module is imported when the command is asked for, and
+imports torch, transformers and rich inside the functions that need them; Typer (app.py) is imported where it must read the line.
 """
 
 import errno
 import gc
-import importlib
 import signal
 import sys
-from collections.abc import Iterator, MutableMapping
-from typing import Annotated, Any
+from typing import Any
 
-import typer
-
-from llmctl import __version__
-from llmctl.cli.options import CONTEXT_SETTINGS, PlainGroup, debug_requested
+from llmctl.cli.command import call_if_plain, debug_requested
 from llmctl.cli.shell import PROGRAM, stderr_line
 from llmctl.cli.signals import die_by
 from llmctl.cli.streams import STDOUT_NAME, ReaderGone, name_stdout, out, silence_stdout, stdout_failure
 from llmctl.core.errors import Interrupted, LlmctlError, LostRankError, WriteError, is_write_failure
-
-EXIT_CODES = """\
-Exit codes: 0 done · 1 failed · 2 usage or config error, nothing was created · 3 finished, some records failed ·
-4 bad, corrupt or unsafe input · 5 could not write · 6 not finite · 7 quality gate not met · 10 not found ·
-11 locked by another run · 129/130/143 ended by HUP/INT/TERM · 141 the reader of stdout went away"""
-
-COMMANDS = ("tokenize", "pretrain", "finetune", "generate", "eval", "export")
-"""In the order in which a model meets them. Each is a module of this package with a function `register`."""
-
-
-class _Commands(MutableMapping[str, Any]):
-    """Name -> command. Those of COMMANDS are imported and declared when they are asked for: declaring all took half of a start."""
-
-    def __init__(self, declared: MutableMapping[str, Any]) -> None:
-        self._declared = dict(declared)
-
-    def __getitem__(self, name: str) -> Any:
-        if name not in self._declared and name in COMMANDS:
-            alone = typer.Typer(**_STYLE)
-            alone.callback()(lambda: None)  # with a callback it is a group, however many commands there are
-            importlib.import_module(f"llmctl.cli.{name}").register(alone)
-            self._declared[name] = typer.main.get_command(alone).commands[name]  # type: ignore[attr-defined]
-        return self._declared[name]
-
-    def __setitem__(self, name: str, command: Any) -> None:
-        self._declared[name] = command
-
-    def __delitem__(self, name: str) -> None:
-        del self._declared[name]
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(dict.fromkeys((*COMMANDS, *self._declared)))
-
-    def __len__(self) -> int:
-        return len({*COMMANDS, *self._declared})
-
-
-class _Program(PlainGroup):
-    """The group of all commands, none of which is declared before it is needed."""
-
-    def __init__(self, **attributes: Any) -> None:
-        super().__init__(**attributes)
-        self.commands = _Commands(self.commands)
-
-    def list_commands(self, ctx: Any) -> list[str]:
-        """Names for --help and completion."""
-        return list(self.commands)
-
-
-_STYLE: dict[str, Any] = {"rich_markup_mode": None, "pretty_exceptions_enable": False, "context_settings": CONTEXT_SETTINGS}
-app = typer.Typer(
-    cls=_Program,
-    name=PROGRAM,
-    help="The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval, export.",
-    epilog=EXIT_CODES,
-    add_completion=False,
-    invoke_without_command=True,
-    **_STYLE,
-)
-
-
-def _show_version(wanted: bool) -> None:
-    if wanted:
-        out.line(f"{PROGRAM} {__version__}")
-        raise typer.Exit
-
-
-@app.callback()
-def _root(
-    context: typer.Context,
-    version: Annotated[bool, typer.Option("--version", help="Show the version and stop.", callback=_show_version, is_eager=True)] = False,
-) -> None:
-    """The whole life of a decoder-only language model: tokenize, pretrain, finetune, generate, eval, export."""
-    if context.invoked_subcommand is None:
-        stderr_line(context.get_help())
-        raise typer.Exit(2)
 
 
 def main() -> None:
@@ -119,13 +38,25 @@ def run(arguments: list[str]) -> int:
     try:
         if sys.stdout is None and not {"-h", "--help"} & set(arguments):
             raise WriteError("cannot write to stdout: it is closed; give it somewhere to go, for instance `> file`")
-        code: Any = app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+        code: Any = 0 if call_if_plain(arguments) else _call_by_typer(arguments)
         if code == 128 + signal.SIGINT:  # what recent Typer versions make of a KeyboardInterrupt
             raise KeyboardInterrupt
         out.flush()
         return code if isinstance(code, int) else 0
     except BaseException as error:
         return _report(error)
+
+
+def _call_by_typer(arguments: list[str]) -> Any:
+    from llmctl.cli.app import app
+
+    return app(args=arguments, prog_name=PROGRAM, standalone_mode=False)
+
+
+def _is_typers(error: BaseException, name: str) -> bool:
+    """Whether this is Typer's exception of that name. Where Typer was not imported, none is."""
+    typer = sys.modules.get("typer")
+    return typer is not None and isinstance(error, getattr(typer, name))
 
 
 def _report(error: BaseException) -> int:
@@ -140,18 +71,18 @@ def _report(error: BaseException) -> int:
         return error.code if isinstance(error.code, int) else 1
     if isinstance(error, OSError) and error.filename == STDOUT_NAME:
         error = stdout_failure(error)
-    if debug_requested() and not isinstance(error, typer.Exit):
+    if debug_requested() and not _is_typers(error, "Exit"):
         import traceback
 
         stderr_line(redact("".join(traceback.format_exception(error)).rstrip()))
-    if isinstance(error, KeyboardInterrupt | typer.Abort):
+    if isinstance(error, KeyboardInterrupt) or _is_typers(error, "Abort"):
         _last_line("error: interrupted", exit_code=128 + signal.SIGINT)
         return _end_by(signal.SIGINT)
     if isinstance(error, Interrupted):
         _last_line(str(error), exit_code=error.exit_code)
         return _end_by(error.signal_number)
-    if isinstance(error, typer.Exit):
-        return error.exit_code
+    if _is_typers(error, "Exit"):
+        return int(error.exit_code)  # type: ignore[attr-defined]
     message, code = describe(error)
     if isinstance(error, WriteError):
         silence_stdout()

@@ -3,10 +3,8 @@
 from dataclasses import replace
 from typing import Any
 
-import typer
-
+from llmctl.cli.command import Command
 from llmctl.cli.launch import start_ranks
-from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.core.config.pretrain import RESUME_ONLY, PretrainConfig
 from llmctl.core.errors import UsageError
@@ -18,11 +16,6 @@ Packed text goes in (see `llmctl tokenize pack`), a run folder comes out: checkp
 directories, metrics.jsonl and status.json. A run stopped in any way goes on with --resume, bit for bit."""
 _BUDGETS = ("max_steps", "max_tokens", "epochs", "max_time")
 _SOURCES = ("depth", "model_config", "model")
-
-
-def register(app: typer.Typer) -> None:
-    """Add the command to the program."""
-    add_command(app, name="pretrain", command="pretrain", config=PretrainConfig, run=run, help=_HELP)
 
 
 def run(config: PretrainConfig, shell: Shell) -> None:
@@ -43,6 +36,9 @@ def run(config: PretrainConfig, shell: Shell) -> None:
         from llmctl.core.train.pretrain import train
 
         draw(train(config, stop=stop, save_requested=stop.take_save_request), shell, config)
+
+
+COMMAND = Command("pretrain", PretrainConfig, run, _HELP)
 
 
 def check_out_dir_of(config: Any) -> None:

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 import typer
 
 from llmctl.cli import tokenize_filters, tokenize_inspect, tokenize_pack
+from llmctl.cli.command import Command
 from llmctl.cli.options import CONTEXT_SETTINGS, PlainGroup, add_command
 from llmctl.cli.shell import Shell, stderr_line
 from llmctl.cli.streams import out
@@ -49,9 +50,9 @@ def register(app: typer.Typer) -> None:
             stderr_line(context.get_help())
             raise typer.Exit(2)
 
-    add_command(group, name="train", command="tokenize train", config=TrainConfig, run=train, help=TRAIN_HELP)
+    add_command(group, Command("tokenize train", TrainConfig, train, TRAIN_HELP))
     tokenize_filters.register(group)
-    add_command(group, name="count", command="tokenize count", config=CountConfig, run=count, help=COUNT_HELP)
+    add_command(group, Command("tokenize count", CountConfig, count, COUNT_HELP))
     tokenize_inspect.register(group)
     tokenize_pack.register(group)
     app.add_typer(group)

@@ -5,6 +5,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from llmctl.cli.command import Command
 from llmctl.cli.lines import BadLine, Line, filter_lines, line_batches
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
@@ -25,8 +26,8 @@ A line holds ids separated by spaces, or a JSON list of them. With --json each t
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `llmctl tokenize`."""
-    add_command(app, name="encode", command="tokenize encode", config=EncodeConfig, run=encode, help=ENCODE_HELP)
-    add_command(app, name="decode", command="tokenize decode", config=DecodeConfig, run=decode, help=DECODE_HELP)
+    add_command(app, Command("tokenize encode", EncodeConfig, encode, ENCODE_HELP))
+    add_command(app, Command("tokenize decode", DecodeConfig, decode, DECODE_HELP))
 
 
 def encode(config: EncodeConfig, shell: Shell) -> None:

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from llmctl.cli.command import Command
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.streams import out
@@ -28,7 +29,7 @@ _NUM_SCRIPTS, _NUM_UNUSED = 12, 12
 
 def register(app: typer.Typer) -> None:
     """Add the command to `llmctl tokenize`."""
-    add_command(app, name="inspect", command="tokenize inspect", config=InspectConfig, run=inspect, help=INSPECT_HELP)
+    add_command(app, Command("tokenize inspect", InspectConfig, inspect, INSPECT_HELP))
 
 
 def inspect(config: InspectConfig, shell: Shell) -> None:

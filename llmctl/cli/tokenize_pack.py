@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 import typer
 
+from llmctl.cli.command import Command
 from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
@@ -49,9 +50,9 @@ _QUALITY = {
 
 def register(app: typer.Typer) -> None:
     """Add the commands to `llmctl tokenize`."""
-    add_command(app, name="pack", command="tokenize pack", config=PackConfig, run=pack, help=PACK_HELP)
-    add_command(app, name="merge", command="tokenize merge", config=MergeConfig, run=merge, help=MERGE_HELP)
-    add_command(app, name="verify", command="tokenize verify", config=VerifyConfig, run=verify, help=VERIFY_HELP)
+    add_command(app, Command("tokenize pack", PackConfig, pack, PACK_HELP))
+    add_command(app, Command("tokenize merge", MergeConfig, merge, MERGE_HELP))
+    add_command(app, Command("tokenize verify", VerifyConfig, verify, VERIFY_HELP))
 
 
 def pack(config: PackConfig, shell: Shell) -> None:

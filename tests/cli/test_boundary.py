@@ -13,7 +13,8 @@ from typing import Any
 
 import pytest
 
-from llmctl.cli.main import app, describe, run
+from llmctl.cli.app import app
+from llmctl.cli.main import describe, run
 from tests.cli.in_process import Completed, run_here
 from tests.cli.toy import register
 

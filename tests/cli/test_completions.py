@@ -12,7 +12,7 @@ import pytest
 import typer
 
 from llmctl.cli import completions
-from llmctl.cli.main import app
+from llmctl.cli.app import app
 
 ROOT = Path(__file__).parent.parent.parent
 FOLDER = ROOT / "completions"

@@ -6,8 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from llmctl.cli.main import app, main
-from llmctl.cli.options import add_command, need
+from llmctl.cli.app import app
+from llmctl.cli.command import Command, need
+from llmctl.cli.main import main
+from llmctl.cli.options import add_command
 from llmctl.cli.shell import Shell
 from llmctl.cli.signals import stop_flag
 from llmctl.cli.streams import decode_utf8, out, read_stdin, stdin_lines
@@ -93,7 +95,7 @@ def job(shell: Shell) -> None:
 
 def register() -> None:
     """Add the command to the program."""
-    add_command(app, name="toy", command="toy", config=ToyConfig, run=run_toy, help="A command for tests.")
+    add_command(app, Command("toy", ToyConfig, run_toy, "A command for tests."))
 
 
 if __name__ == "__main__":
