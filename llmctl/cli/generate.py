@@ -1,6 +1,6 @@
 """`llmctl generate`: reads prompts, draws the events of core.infer. Knows streams and flags; decides nothing about tokens."""
 
-import secrets
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -191,7 +191,7 @@ def _read_file(path: Path, flag: str) -> bytes:
 
 def draw_seed() -> int:
     """A seed for those who did not choose one; small enough to be typed again."""
-    return secrets.randbelow(1 << 32)
+    return int.from_bytes(os.urandom(4), "big")  # `secrets` would import what nothing else here needs
 
 
 def _sample(config: GenerateConfig, shell: Shell, generator: "Generator", text: str, stats: Stats) -> None:

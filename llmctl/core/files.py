@@ -9,8 +9,6 @@ import fcntl
 import hashlib
 import json
 import os
-import shutil
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
@@ -48,6 +46,8 @@ def atomic_write(path: Path) -> Iterator[IO[bytes]]:
 
     Raises WriteError when the disk is full or fails, UsageError when the folder cannot be written to.
     """
+    import tempfile  # here and below, since a start that writes nothing does without, and without random, bz2 and lzma
+
     path = Path(path)
     temp: str | None = None
     try:
@@ -79,6 +79,8 @@ def atomic_path(path: Path) -> Iterator[Path]:
 
     Raises as `atomic_write` does.
     """
+    import tempfile
+
     path = Path(path)
     temp: Path | None = None
     try:
@@ -293,6 +295,8 @@ def atomic_dir(path: Path, *, before_rename: Callable[[Path], None] | None = Non
     the parent. `path` must not exist. Raises WriteError when the disk is full or fails, UsageError when the parent
     cannot be written to.
     """
+    import shutil
+
     path = Path(path)
     temp = path.parent / f"{TEMP_PREFIX}{path.name}-{os.getpid()}"
     try:
@@ -323,6 +327,8 @@ def atomic_dir(path: Path, *, before_rename: Callable[[Path], None] | None = Non
 
 def remove_temporaries(folder: Path) -> None:
     """Remove what a killed run left half-written in `folder`: only our own `.tmp-` names, never through a link."""
+    import shutil
+
     for path in folder.glob(f"{TEMP_PREFIX}*"):
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)

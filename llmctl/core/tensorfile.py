@@ -21,6 +21,7 @@ MAX_DIMENSIONS = 8
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 DTYPE_BYTES = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I64": 8, "I32": 4, "I16": 2, "I8": 1, "U8": 1, "BOOL": 1}
+_FIELDS = {"dtype", "shape", "data_offsets"}
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl", ".pickle", ".npy", ".npz", ".h5", ".msgpack")
 
 
@@ -88,26 +89,28 @@ def _read_header(file: Any, path: Path, file_bytes: int) -> tuple[dict[str, Tens
 
 
 def _read_entry(path: Path, name: str, fields: Any, data_start: int, data_bytes: int) -> TensorEntry:
-    where = f"{path}: tensor {name!r}"
-    if not isinstance(fields, dict) or set(fields) != {"dtype", "shape", "data_offsets"}:
-        raise InputError(f"{where}: the header must give dtype, shape and data_offsets")
+    def bad(what: str) -> InputError:
+        return InputError(f"{path}: tensor {name!r}: {what}")
+
+    if not isinstance(fields, dict) or fields.keys() != _FIELDS:
+        raise bad("the header must give dtype, shape and data_offsets")
     dtype, shape, offsets = fields["dtype"], fields["shape"], fields["data_offsets"]
     if not isinstance(dtype, str) or dtype not in DTYPE_BYTES:
-        raise InputError(f"{where}: dtype {dtype!r} is not supported; the supported ones are {', '.join(DTYPE_BYTES)}")
+        raise bad(f"dtype {dtype!r} is not supported; the supported ones are {', '.join(DTYPE_BYTES)}")
     if not _are_counts(shape) or len(shape) > MAX_DIMENSIONS:
-        raise InputError(f"{where}: {shape!r} is not a shape of at most {MAX_DIMENSIONS} dimensions")
+        raise bad(f"{shape!r} is not a shape of at most {MAX_DIMENSIONS} dimensions")
     if not _are_counts(offsets) or len(offsets) != 2 or not offsets[0] <= offsets[1] <= data_bytes:
-        raise InputError(f"{where}: its bytes {offsets!r} do not lie within the {data_bytes:,} of the data")
+        raise bad(f"its bytes {offsets!r} do not lie within the {data_bytes:,} of the data")
     num_bytes = DTYPE_BYTES[dtype]
     for dimension in shape:  # Python's integers do not overflow
         num_bytes *= dimension
     if num_bytes != offsets[1] - offsets[0]:
-        raise InputError(f"{where}: {dtype} of shape {shape} takes {num_bytes:,} bytes, the header gives it {offsets[1] - offsets[0]:,}")
+        raise bad(f"{dtype} of shape {shape} takes {num_bytes:,} bytes, the header gives it {offsets[1] - offsets[0]:,}")
     return TensorEntry(name, dtype, tuple(shape), data_start + offsets[0], num_bytes)
 
 
 def _are_counts(value: Any) -> bool:
-    return isinstance(value, list) and all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 62 for n in value)
+    return isinstance(value, list) and all(type(number) is int and 0 <= number < 1 << 62 for number in value)  # a bool is another type
 
 
 def _check_cover(path: Path, entries: dict[str, TensorEntry], data_start: int, file_bytes: int) -> None:

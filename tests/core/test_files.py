@@ -425,6 +425,7 @@ import os
 from pathlib import Path
 from llmctl.core import files
 from llmctl.core.errors import UsageError
+import tempfile  # while the interpreter's own files can still be read
 if os.geteuid() == 0:  # root may write anywhere
     os.setgroups([])
     os.setgid(65534)

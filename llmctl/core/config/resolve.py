@@ -1,7 +1,6 @@
 """Merges flags, environment, config file and defaults into one frozen config, and remembers where each value came from."""
 
 import dataclasses
-import difflib
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -166,5 +165,7 @@ def parse_text(text: str, kind: FieldType, where: str) -> Any:
 
 
 def _nearest(name: str, kinds: Mapping[str, FieldType]) -> str:
+    import difflib  # for mistakes only
+
     close = difflib.get_close_matches(name, list(kinds), n=1, cutoff=0.5)
     return f"; did you mean {close[0]!r}?" if close else f"; the keys are {', '.join(sorted(kinds))}"

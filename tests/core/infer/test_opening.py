@@ -98,7 +98,7 @@ def test_without_the_library_torch_runs_and_says_why(model: Path, monkeypatch: p
 
 UNNEEDED = {
     *("torch", "transformers", "safetensors", "huggingface_hub", "jinja2", "rich", "typer", "pydantic", "llguidance"),
-    *("tomllib", "socket", "importlib.metadata", "concurrent.futures", "numpy.random"),
+    *("tomllib", "socket", "importlib.metadata", "concurrent.futures", "numpy.random", "secrets", "difflib", "subprocess"),
     *(f"llmctl.cli.{name}" for name in ("tokenize", "pretrain", "finetune", "eval", "export", "generate_batch", "generate_talk")),
     *(f"llmctl.core.config.{name}" for name in ("pretrain", "finetune", "evaluate", "export", "tokenize", "pack")),
     *("llmctl.core.card", "llmctl.core.hub", "llmctl.core.gguf", "llmctl.core.families.gguf"),
