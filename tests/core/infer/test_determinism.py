@@ -43,8 +43,16 @@ def wanted() -> list[Request]:
     ]
 
 
-@pytest.mark.parametrize("held", HELD)
-@pytest.mark.parametrize("setting", ["llama-gqa-tied", "qwen2-window", "gpt2-tied", "qwen3_moe-some-layers"])
+SETTINGS = ("llama-gqa-tied", "qwen2-window", "gpt2-tied", "qwen3_moe-some-layers")
+EACH_HELD = [
+    pytest.param(setting, held, marks=[] if held in ("float32", "int8") or setting == "qwen2-window" else [pytest.mark.slow])
+    for setting in SETTINGS
+    for held in HELD
+]
+"""Two ways of holding weights in every architecture, every way in one; all of both in the slow tests."""
+
+
+@pytest.mark.parametrize(("setting", "held"), EACH_HELD)
 def test_a_text_is_the_same_alone_and_in_any_company(setting: str, held: str) -> None:
     _, config, arrays = loaded(setting)
     executor = native(config, arrays, num_slots=1, capacity=16, **HELD[held])
