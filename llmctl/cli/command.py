@@ -163,26 +163,14 @@ def _parse(value: Any, kind: FieldType, flag: str) -> Any:
 
 def print_config(resolved: Resolved[Any]) -> None:
     """The settings on stdout as TOML, each with its origin as a comment; unset ones as comments."""
+    from llmctl.core.config.stored import toml_value
+
     for field in options_of(type(resolved.config)):
         value = getattr(resolved.config, field.name)
         origin = resolved.origins[field.name]
         text = f"# {field.name} is not set" if value is None else f"{field.name} = {toml_value(value)}"
         out.line(f"{text}  # {origin}" if value is not None else text, flush=False)
     out.flush()
-
-
-def toml_value(value: Any) -> str:
-    """A config value as TOML."""
-    import json
-
-    if isinstance(value, bool):
-        return "true" if value else "false"
-    if isinstance(value, tuple):
-        return "[" + ", ".join(toml_value(v) for v in value) + "]"
-    if isinstance(value, int | float):
-        return repr(value)
-    text = json.dumps(os.fspath(value) if isinstance(value, os.PathLike) else value, ensure_ascii=False)
-    return text.replace("\x7f", "\\u007f")  # JSON lets it stand, TOML does not
 
 
 def need(value: Any, flag: str, why: str) -> Any:

@@ -20,18 +20,26 @@ def to_toml(config: Any, *, leave_out: Collection[str] = ()) -> str:
     for field in options_of(type(config)):
         value = getattr(config, field.name)
         if value is not None and value != () and field.name not in leave_out:
-            lines.append(f"{field.name} = {_toml(value)}")
+            lines.append(f"{field.name} = {toml_value(_absolute(value))}")
     return "\n".join(lines) + "\n"
 
 
-def _toml(value: Any) -> str:
+def toml_value(value: Any) -> str:
+    """A config value as TOML."""
     if isinstance(value, bool):
         return "true" if value else "false"
     if isinstance(value, tuple):
-        return "[" + ", ".join(_toml(v) for v in value) + "]"
+        return "[" + ", ".join(toml_value(v) for v in value) + "]"
     if isinstance(value, int | float):
         return repr(value)
-    return json.dumps(os.path.abspath(value) if isinstance(value, os.PathLike) else value, ensure_ascii=False)
+    text = json.dumps(os.fspath(value) if isinstance(value, os.PathLike) else value, ensure_ascii=False)
+    return text.replace("\x7f", "\\u007f")  # JSON lets it stand, TOML does not
+
+
+def _absolute(value: Any) -> Any:
+    if isinstance(value, tuple):
+        return tuple(map(_absolute, value))
+    return os.path.abspath(value) if isinstance(value, os.PathLike) else value
 
 
 def overlay(config: ConfigT, file: Path, *, origins: Mapping[str, str], keep: Collection[str] = ()) -> ConfigT:
